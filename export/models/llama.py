@@ -1,0 +1,34 @@
+"""Language model in fp32 torch: transformers' own Llama, which the published system runs (SPEC 5)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from wsi_rt.export.arch import LlamaConfig
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def build_llama(c: LlamaConfig) -> nn.Module:
+    """An uninitialised LlamaForCausalLM of this size (weights are assigned by `load_into`)."""
+    from transformers import LlamaConfig as HfConfig
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        HfConfig(
+            vocab_size=c.vocab,
+            hidden_size=c.hidden,
+            intermediate_size=c.ffn,
+            num_hidden_layers=c.layers,
+            num_attention_heads=c.heads,
+            num_key_value_heads=c.kv_heads,
+            head_dim=c.head_width,
+            max_position_embeddings=c.context,
+            rms_norm_eps=c.rms_eps,
+            rope_theta=c.rope_theta,
+            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+            tie_word_embeddings=c.tied_embeddings,
+            hidden_act="silu",
+        )
+    )

@@ -1,0 +1,32 @@
+"""Sizes of the synthetic checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from wsi_rt.export.arch import ComponentConfig, LlamaConfig, LongNetConfig, ProjectorConfig, ViTConfig
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Four component sizes; `tokenizer_vocab` pieces of the synthetic tokenizer."""
+
+    tile_encoder: ViTConfig
+    slide_encoder: LongNetConfig
+    projector: ProjectorConfig
+    llm: LlamaConfig
+
+    def components(self) -> dict[str, ComponentConfig]:
+        return {c.component: c for c in (self.tile_encoder, self.slide_encoder, self.projector, self.llm)}
+
+
+# The published architecture with fewer and narrower layers: seconds on two cores. Slide tokens keep
+# their published widths (768, padded to 1024), so published-style `.pt` files fit.
+NANO = Preset(
+    tile_encoder=ViTConfig(width=96, depth=3, heads=4, mlp_hidden=256, mlp="swiglu_packed", act="silu", layer_scale=True),
+    slide_encoder=LongNetConfig(in_width=96, depth=2),
+    projector=ProjectorConfig(widths=(1024, 256, 256)),
+    llm=LlamaConfig(hidden=256, layers=4, heads=8, kv_heads=8, head_width=32, ffn=688, vocab=2048, context=4096),
+)
+
+PRESETS = {"nano": NANO}

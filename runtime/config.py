@@ -1,0 +1,89 @@
+"""Settings a caller may choose, validated where they are made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from wsi_rt.runtime.errors import InputError
+
+# Turn markers a model may leak into its answer; the answer is trimmed there (SPEC 5).
+STOP_STRINGS = ("\nUSER:", "\nASSISTANT:", "\nHuman:", "\nQUESTION:", "\nTASK:")
+TEMPLATES = ("vicuna_v1", "llava_v1")
+
+
+def _require(ok: bool, flag: str, given: object, expected: str) -> None:
+    if not ok:
+        raise InputError(f"{flag} is {given!r}, expected {expected}")
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How an answer is generated (definitions follow transformers' logits processors, SPEC 5).
+
+    temperature 0 is greedy; top_k 0 and top_p 1 switch those filters off; penalties see generated
+    tokens only. `seed` makes sampling reproducible within wsi-rt.
+    """
+
+    max_new_tokens: int = 1024
+    temperature: float = 0.0
+    top_k: int = 50
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    seed: int = 0
+    template: str = "vicuna_v1"
+    stop: tuple[str, ...] = STOP_STRINGS
+
+    def __post_init__(self) -> None:
+        finite = math.isfinite
+        _require(self.max_new_tokens >= 1, "--max-new-tokens", self.max_new_tokens, "an integer >= 1")
+        _require(finite(self.temperature) and self.temperature >= 0, "--temperature", self.temperature, "0 or more")
+        _require(self.top_k >= 0, "--top-k", self.top_k, "0 (off) or a positive integer")
+        _require(0 < self.top_p <= 1, "--top-p", self.top_p, "a number in (0, 1]")
+        _require(
+            finite(self.repetition_penalty) and self.repetition_penalty > 0,
+            "--repetition-penalty",
+            self.repetition_penalty,
+            "a positive number",
+        )
+        _require(self.no_repeat_ngram_size >= 0, "--no-repeat-ngram-size", self.no_repeat_ngram_size, "0 or more")
+        _require(0 <= self.seed < 2**64, "--seed", self.seed, "an integer in [0, 2^64)")
+        _require(self.template in TEMPLATES, "--template", self.template, " or ".join(TEMPLATES))
+        _require(all(self.stop), "--stop", self.stop, "non-empty strings")
+
+    def with_overrides(self, **overrides: Any) -> GenerationSettings:
+        """A copy with the given fields replaced; None leaves a field as it is."""
+        return replace(self, **{k: v for k, v in overrides.items() if v is not None})
+
+    def to_json(self) -> dict[str, Any]:
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> GenerationSettings:
+        known = {f.name for f in fields(cls)}
+        unknown = set(data) - known
+        _require(not unknown, "generation settings", sorted(unknown), f"only {sorted(known)}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+
+
+@dataclass(frozen=True)
+class SlideSettings:
+    """How a slide is read. `mpp` overrides the slide's level-0 um/px; `position_tile` overrides the
+    divisor of the position grid (None: patch_size_level0; GigaPath's own code uses 256)."""
+
+    mpp: float | None = None
+    target_mpp: float = 0.5
+    allow_upsample: bool = False
+    position_tile: int | None = None
+
+    def __post_init__(self) -> None:
+        for flag, value in (("--mpp", self.mpp), ("--target-mpp", self.target_mpp)):
+            _require(value is None or 0.05 <= value <= 100, flag, value, "um/px between 0.05 and 100")
+        _require(
+            self.position_tile is None or self.position_tile >= 1, "--position-tile", self.position_tile, "1 or more"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
