@@ -1,0 +1,187 @@
+"""Llama decoder -> ONNX (SPEC 5): embeddings and past KV in, the last position's logits and present KV out.
+
+`LlamaGraph` is the portable form: standard operators, past and present as separate tensors.
+`OrtCpuLlamaGraph` lowers it to onnxruntime's fused operators, with KV buffers of fixed capacity that are
+updated in place (bind the same memory to past and present).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import TensorProto
+
+from wsi_rt.export.arch import LlamaConfig
+from wsi_rt.export.graphs.builder import ORT_DOMAIN, GraphBuilder, WeightFile
+from wsi_rt.export.graphs.layers import FLOAT, activation, attention, linear, reshape
+from wsi_rt.export.weights import WeightSource
+
+
+def build_embed(c: LlamaConfig, source: WeightSource, weights: WeightFile, path: Path) -> None:
+    """`input_ids` i64 [tokens] -> `embeds` f32 [tokens, hidden]."""
+    b = GraphBuilder("embed", weights)
+    ids = b.input("input_ids", TensorProto.INT64, ["tokens"])
+    table = b.weight("model.embed_tokens.weight", source.get("model.embed_tokens.weight"))
+    b.output(b.op("Gather", [table, ids], axis=0), "embeds", FLOAT, ["tokens", c.hidden])
+    b.save(path)
+
+
+def rope_tables(c: LlamaConfig) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """cos and sin [context, head_width / 2], in fp32 as transformers computes them."""
+    exponent = np.arange(0, c.head_width, 2, dtype=np.float32) / np.float32(c.head_width)
+    inverse = np.float32(1.0) / np.power(np.float32(c.rope_theta), exponent)
+    angle = np.arange(c.context, dtype=np.float32)[:, None] * inverse
+    return np.cos(angle), np.sin(angle)
+
+
+class LlamaGraph:
+    """Portable decoder graph.
+
+    Inputs: `inputs_embeds` f32 [batch, tokens, hidden]; `past.{i}.key`, `past.{i}.value` f32
+    [batch, kv_heads, past, head_width]. Outputs: `logits` f32 [batch, vocab] of the last position;
+    `present.{i}.key`, `present.{i}.value` [batch, kv_heads, total, head_width].
+    """
+
+    def __init__(self, c: LlamaConfig, source: WeightSource, weights: WeightFile) -> None:
+        self.c, self.source = c, source
+        self.b = GraphBuilder("decoder", weights)
+        self.shared: dict[str, str] = {}
+
+    def build(self, path: Path) -> None:
+        b, c = self.b, self.c
+        x = b.input("inputs_embeds", FLOAT, ["batch", "tokens", c.hidden])
+        self.make_shared(x)
+        for i in range(c.layers):
+            with b.scope(f"layers.{i}"):
+                x = self.make_layer(x, i)
+        with b.scope("head"):
+            last = b.op("Slice", [x, b.constant([-1]), b.constant([2**62]), b.constant([1])])
+            last = self.make_norm(b.op("Squeeze", [last, b.constant([1])]), "model.norm")
+            name = "model.embed_tokens" if c.tied_embeddings else "lm_head"
+            b.output(linear(b, self.source, last, name, bias=False), "logits", FLOAT, ["batch", c.vocab])
+        b.save(path)
+
+    def make_layer(self, x: str, i: int) -> str:
+        b, p = self.b, f"model.layers.{i}"
+        y = self.make_norm(x, f"{p}.input_layernorm")
+        with b.scope("attn"):
+            q, k, v = (linear(b, self.source, y, f"{p}.self_attn.{n}_proj", bias=False) for n in "qkv")
+            y = self.make_attention(q, k, v, i)
+            x = b.op("Add", [x, linear(b, self.source, y, f"{p}.self_attn.o_proj", bias=False)])
+        y = self.make_norm(x, f"{p}.post_attention_layernorm")
+        with b.scope("mlp"):
+            gate = activation(b, linear(b, self.source, y, f"{p}.mlp.gate_proj", bias=False), "silu")
+            up = linear(b, self.source, y, f"{p}.mlp.up_proj", bias=False)
+            y = linear(b, self.source, b.op("Mul", [gate, up]), f"{p}.mlp.down_proj", bias=False)
+            return b.op("Add", [x, y])
+
+    def make_shared(self, x: str) -> None:
+        """Values every layer uses: rotary cos and sin of the new positions, the causal mask."""
+        b = self.b
+        past_key, _ = self.past(0)
+        with b.scope("shared"):
+            tokens = b.op("Squeeze", [b.op("Shape", [x], start=1, end=2), b.constant([0])])
+            past = b.op("Squeeze", [b.op("Shape", [past_key], start=2, end=3), b.constant([0])])
+            total = b.op("Add", [past, tokens])
+            position = b.op("Range", [past, total, b.constant(1)])
+            for name, table in zip(("cos", "sin"), rope_tables(self.c)):
+                self.shared[name] = b.op("Gather", [b.weight(f"rope.{name}", table), position])  # [T, D / 2]
+            keys = b.op("Range", [b.constant(0), total, b.constant(1)])
+            query = b.op("Unsqueeze", [position, b.constant([1])])
+            self.shared["mask"] = b.op("LessOrEqual", [keys, query])  # [T, total]
+
+    def past(self, i: int) -> tuple[str, str]:
+        """Past key and value of layer i, declared as inputs when first asked for."""
+        for part in ("key", "value"):
+            name = f"past.{i}.{part}"
+            if name not in self.shared:
+                dims = ["batch", self.c.kv_heads, "past", self.c.head_width]
+                self.shared[name] = self.b.input(name, FLOAT, dims)
+        return self.shared[f"past.{i}.key"], self.shared[f"past.{i}.value"]
+
+    def make_norm(self, x: str, name: str) -> str:
+        """RMSNorm: x / sqrt(mean(x^2) + eps) * weight."""
+        b = self.b
+        with b.scope(name.rsplit(".", 1)[-1]):
+            mean = b.op("ReduceMean", [b.op("Mul", [x, x]), b.constant([-1])], keepdims=1)
+            root = b.op("Sqrt", [b.op("Add", [mean, b.constant(self.c.rms_eps, np.float32)])])
+            return b.op("Mul", [b.op("Div", [x, root]), b.weight(f"{name}.weight", self.source.get(f"{name}.weight"))])
+
+    def make_attention(self, q: str, k: str, v: str, i: int) -> str:
+        """q [B, T, heads * D], k and v [B, T, kv_heads * D] -> [B, T, heads * D]; writes present KV."""
+        b, c = self.b, self.c
+        q = self._rotate(self._split_heads(q, c.heads))
+        k = self._rotate(self._split_heads(k, c.kv_heads))
+        v = self._split_heads(v, c.kv_heads)
+        past_key, past_value = self.past(i)
+        k = b.op("Concat", [past_key, k], axis=2)  # [B, kv_heads, total, D]
+        v = b.op("Concat", [past_value, v], axis=2)
+        for part, value in (("key", k), ("value", v)):
+            b.output(value, f"present.{i}.{part}", FLOAT, ["batch", c.kv_heads, "total", c.head_width])
+        groups = c.heads // c.kv_heads
+        q = b.op("Reshape", [q, b.constant([0, c.kv_heads, groups, -1, c.head_width])])
+        k, v = (b.op("Unsqueeze", [x, b.constant([2])]) for x in (k, v))  # one KV head serves its whole group
+        kt = b.op("Transpose", [k], perm=[0, 1, 2, 4, 3])
+        y = attention(b, q, kt, v, c.head_width**-0.5, self.shared["mask"])
+        y = b.op("Reshape", [y, b.constant([0, c.heads, -1, c.head_width])])
+        return reshape(b, b.op("Transpose", [y], perm=[0, 2, 1, 3]), [0, 0, c.heads * c.head_width])
+
+    def _split_heads(self, x: str, heads: int) -> str:
+        """[B, T, heads * D] -> [B, heads, T, D]."""
+        x = reshape(self.b, x, [0, 0, heads, self.c.head_width])
+        return self.b.op("Transpose", [x], perm=[0, 2, 1, 3])
+
+    def _rotate(self, x: str) -> str:
+        """Rotary position, rotate-half layout: (a, b) -> (a cos - b sin, b cos + a sin)."""
+        op, cos, sin = self.b.op, self.shared["cos"], self.shared["sin"]
+        lo, hi = op("Split", [x], axis=-1, num_outputs=2, outputs=2)
+        new_lo = op("Sub", [op("Mul", [lo, cos]), op("Mul", [hi, sin])])
+        new_hi = op("Add", [op("Mul", [hi, cos]), op("Mul", [lo, sin])])
+        return op("Concat", [new_lo, new_hi], axis=-1)
+
+
+class OrtCpuLlamaGraph(LlamaGraph):
+    """Lowered to onnxruntime's contrib operators.
+
+    KV inputs and outputs are [batch, kv_heads, capacity, head_width] buffers; two more inputs tell how much
+    of them is valid: `seqlens_k` i32 [batch] (valid tokens after this call, minus one) and
+    `total_sequence_length` i32 scalar. GroupQueryAttention applies rotary positions itself.
+    """
+
+    def make_shared(self, x: str) -> None:
+        b = self.b
+        self.shared["seqlens_k"] = b.input("seqlens_k", TensorProto.INT32, ["batch"])
+        self.shared["total"] = b.input("total_sequence_length", TensorProto.INT32, [])
+        for name, table in zip(("cos", "sin"), rope_tables(self.c)):
+            self.shared[name] = b.weight(f"rope.{name}", table)
+
+    def past(self, i: int) -> tuple[str, str]:
+        dims: list[Any] = ["batch", self.c.kv_heads, "capacity", self.c.head_width]
+        return self.b.input(f"past.{i}.key", FLOAT, dims), self.b.input(f"past.{i}.value", FLOAT, dims)
+
+    def make_norm(self, x: str, name: str) -> str:
+        with self.b.scope(name.rsplit(".", 1)[-1]):
+            weight = self.b.weight(f"{name}.weight", self.source.get(f"{name}.weight"))
+            return self.b.op("SimplifiedLayerNormalization", [x, weight], axis=-1, epsilon=self.c.rms_eps)
+
+    def make_attention(self, q: str, k: str, v: str, i: int) -> str:
+        b, c, s = self.b, self.c, self.shared
+        dims: list[Any] = ["batch", c.kv_heads, "capacity", c.head_width]
+        present = [b.bind_output(f"present.{i}.{part}", FLOAT, dims) for part in ("key", "value")]
+        with b.scope("gqa"):
+            out = f"/layers.{i}/attn/gqa:0"
+            b.op(
+                "GroupQueryAttention",
+                [q, k, v, *self.past(i), s["seqlens_k"], s["total"], s["cos"], s["sin"]],
+                domain=ORT_DOMAIN,
+                outputs=[out, *present],
+                num_heads=c.heads,
+                kv_num_heads=c.kv_heads,
+                scale=c.head_width**-0.5,
+                do_rotary=1,
+                rotary_interleaved=0,
+            )
+        return out

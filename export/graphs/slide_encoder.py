@@ -1,0 +1,123 @@
+"""Slide encoder -> ONNX (SPEC 3): tile features and grid positions in, 576 slide tokens out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto
+
+from wsi_rt.export.arch import LongNetConfig
+from wsi_rt.export.graphs.builder import GraphBuilder, WeightFile
+from wsi_rt.export.graphs.dilated_attention import dilated_attention
+from wsi_rt.export.graphs.layers import FLOAT, activation, layer_norm, linear, reshape
+from wsi_rt.export.weights import WeightSource
+from wsi_rt.kernels.slide_embed import GRID
+
+
+def build(c: LongNetConfig, source: WeightSource, path: Path, *, expose_encoder_out: bool = False) -> None:
+    """Writes `path` and its weights.
+
+    Inputs `features` f32 [tiles, in_width], `positions` i64 [tiles, 2] (col, row, each 0..999).
+    Outputs `tokens` f32 [576, padded] and, when the norm is as wide as C, `cls` and `mean` f32 [C];
+    `encoder_out` f32 [tiles + 1, C] on request.
+    """
+    b = GraphBuilder("slide_encoder", WeightFile(path.with_name("weights.data")))
+    features = b.input("features", FLOAT, ["tiles", c.in_width])
+    positions = b.input("positions", TensorProto.INT64, ["tiles", 2])
+    x = _embed(b, c, source, features, positions)
+    for i in range(c.depth):
+        with b.scope(f"layers.{i}"):
+            x = _layer(b, c, source, x, f"encoder.layers.{i}")
+    x = layer_norm(b, source, x, "encoder.layer_norm", c.eps)
+    _heads(b, c, source, x)
+    if expose_encoder_out:
+        b.output(x, "encoder_out", FLOAT, ["tokens", c.width])
+    b.save(path)
+
+
+def axis_table(width: int) -> NDArray[np.float32]:
+    """[1000, width]: the position encoding of one grid axis, in float64 then cast.
+
+    Both halves of the published 1,000,001-row table index into these rows (1.5 MB at width 768, not 3 GB).
+    """
+    omega = 10000.0 ** (-np.arange(width // 2, dtype=np.float64) / (width / 2))
+    angle = np.arange(GRID, dtype=np.float64)[:, None] * omega
+    return np.concatenate([np.sin(angle), np.cos(angle)], axis=1).astype(np.float32)
+
+
+def _embed(b: GraphBuilder, c: LongNetConfig, source: WeightSource, features: str, positions: str) -> str:
+    """-> [N + 1, C]: projected features plus positions (row first, then col), CLS (position zero) in front."""
+    with b.scope("embed"):
+        x = linear(b, source, features, "patch_embed.proj")
+        table = b.weight("axis_table", axis_table(c.width // 2))
+        col, row = (b.op("Gather", [positions, b.constant(axis)], axis=1) for axis in (0, 1))
+        position = b.op("Concat", [b.op("Gather", [table, row]), b.op("Gather", [table, col])], axis=1)
+        cls_token = b.weight("cls_token", source.get("cls_token").reshape(1, c.width))
+        return b.op("Concat", [cls_token, b.op("Add", [x, position])], axis=0)
+
+
+def _layer(b: GraphBuilder, c: LongNetConfig, source: WeightSource, x: str, p: str) -> str:
+    y = layer_norm(b, source, x, f"{p}.self_attn_layer_norm", c.eps)
+    with b.scope("attn"):
+        head = c.width // c.heads
+        q, k, v = (
+            reshape(b, linear(b, source, y, f"{p}.self_attn.{n}"), [-1, c.heads, head])
+            for n in ("q_proj", "k_proj", "v_proj")
+        )
+        y = dilated_attention(b, q, k, v, c.segment_lengths, c.dilated_ratios, c.heads, head)
+        y = layer_norm(b, source, reshape(b, y, [-1, c.width]), f"{p}.self_attn.inner_attn_ln", c.eps)
+        x = b.op("Add", [x, linear(b, source, y, f"{p}.self_attn.out_proj")])
+    y = layer_norm(b, source, x, f"{p}.final_layer_norm", c.eps)
+    with b.scope("ffn"):
+        y = activation(b, linear(b, source, y, f"{p}.ffn.fc1"), "gelu")
+        y = layer_norm(b, source, y, f"{p}.ffn.ffn_layernorm", c.eps)
+        return b.op("Add", [x, linear(b, source, y, f"{p}.ffn.fc2")])
+
+
+def _heads(b: GraphBuilder, c: LongNetConfig, source: WeightSource, x: str) -> None:
+    """The outputs: pooled tokens and, where the norm allows, the CLS and mean heads."""
+    norm = [b.weight(f"norm.{n}", source.get(f"norm.{n}")) for n in ("weight", "bias")]
+    with b.scope("pool"):
+        tiles = b.op("Slice", [x, b.constant([1]), b.constant([2**62]), b.constant([0])])
+        tokens = b.call(_pool_norm_pad(c), [tiles, *norm], pooled=c.pooled, padded=c.padded)
+    b.output(tokens, "tokens", FLOAT, [c.pooled, c.padded])
+    if c.norm_width != c.width:
+        return
+    with b.scope("heads"):
+        mean = b.op("ReduceMean", [tiles, b.constant([0])], keepdims=0)
+        for name, value in (("cls", b.op("Gather", [x, b.constant(0)], axis=0)), ("mean", mean)):
+            normed = b.op("LayerNormalization", [value, *norm], axis=-1, epsilon=c.pool_eps)
+            b.output(normed, name, FLOAT, [c.width])
+
+
+def _pool_norm_pad(c: LongNetConfig) -> onnx.FunctionProto:
+    """`wsi_rt::PoolNormPad`: tokens [N, C], weight, bias -> [pooled, padded] (adaptive average, norm, pad).
+
+    A bin is at most ceil(N / pooled) + 1 tokens wide: gather that window, mask, sum, divide. A running sum
+    would need one add per token but loses bits over ten thousand of them.
+    """
+    b = GraphBuilder("PoolNormPad")
+    n = b.op("Shape", ["tokens"], start=0, end=1)
+    bins, one = b.constant([c.pooled]), b.constant([1])
+    index = b.constant(np.arange(c.pooled).reshape(-1, 1), name="bins")  # [P, 1]
+    start = b.op("Div", [b.op("Mul", [index, n]), bins])
+    above = b.op("Mul", [b.op("Add", [index, one]), n])
+    end = b.op("Div", [b.op("Add", [above, b.constant([c.pooled - 1])]), bins])  # ceil((i + 1) N / P)
+    widest = b.op("Add", [b.op("Div", [n, bins]), b.constant([2])])
+    offsets = b.op("Range", [b.constant(0), b.op("Squeeze", [widest, b.constant([0])]), b.constant(1)])
+    window = b.op("Add", [start, offsets])  # [P, K]
+    inside = b.op("Less", [window, end])
+    rows = b.op("Gather", ["tokens", b.op("Min", [window, b.op("Sub", [n, one])])], axis=0)  # [P, K, C]
+    mask = b.op("Cast", [b.op("Unsqueeze", [inside, b.constant([2])])], to=FLOAT)
+    total = b.op("ReduceSum", [b.op("Mul", [rows, mask]), one], keepdims=0)
+    x = b.op("Div", [total, b.op("Cast", [b.op("Sub", [end, start])], to=FLOAT)])
+    pads = b.constant([0, 0, 0, c.padded - c.width], name="pads")
+    if c.norm_width != c.width:
+        x = b.op("Pad", [x, pads])
+    x = b.op("LayerNormalization", [x, "weight", "bias"], axis=-1, epsilon=c.pool_eps)
+    if c.norm_width == c.width and c.padded != c.width:
+        x = b.op("Pad", [x, pads])
+    return b.function(["tokens", "weight", "bias"], [x], ["pooled", "padded"])

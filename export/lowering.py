@@ -1,0 +1,24 @@
+"""Portable graph -> the `ort-cpu` target's own graph.
+
+Encoders and projector: onnxruntime's own offline optimisation up to its fused CPU operators (functions
+inlined, constants folded), written once so that opening a bundle does not repeat it. The language model is
+lowered where it is built (`graphs.llama.OrtCpuLlamaGraph`), since its KV handling differs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnxruntime as ort
+
+
+def lower_ort_cpu(portable: Path, lowered: Path) -> None:
+    """Writes `lowered` and `weights.data` beside it."""
+    lowered.parent.mkdir(parents=True, exist_ok=True)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(lowered)
+    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.data")
+    options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+    ort.InferenceSession(str(portable), options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,100 @@
+"""A directory written aside and swapped in whole: no half-built bundle is ever visible.
+
+`.<name>.building` beside the target is the workplace, held by an flock on the directory itself, which a
+kill releases: a later build takes the lock, clears what is left and goes on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from wsi_rt.runtime.errors import InputError, MissingDependencyError
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+@contextmanager
+def staged_directory(target: Path) -> Iterator[Path]:
+    """Yields an empty directory that becomes `target` when the block ends without an exception.
+
+    An existing `target` is replaced in one step. On any exception, KeyboardInterrupt included, the
+    workplace is removed and `target` is as it was. Raises InputError when another process is building
+    the same target, MissingDependencyError when the disk is full or the place not writable.
+    """
+    work = target.parent / f".{target.name}.building"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = _lock(work, target)
+    except OSError as e:
+        raise _plain(e, target) from e
+    try:
+        _clear(work)
+        yield work
+        _swap_in(work, target)
+    except OSError as e:
+        raise _plain(e, target) from e
+    finally:
+        shutil.rmtree(work, ignore_errors=True)  # after a swap this is the replaced bundle
+        os.close(lock)
+
+
+def _lock(work: Path, target: Path) -> int:
+    """An exclusive lock on the workplace directory; retried when the directory was swapped away meanwhile."""
+    while True:
+        work.mkdir(exist_ok=True)
+        fd = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(fd), os.stat(work)):
+                return fd
+        except BlockingIOError:
+            os.close(fd)
+            raise InputError(f"{target}: another build is writing it; wait for it or choose another --out") from None
+        except FileNotFoundError:
+            pass
+        os.close(fd)
+
+
+def _clear(work: Path) -> None:
+    for entry in work.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _swap_in(work: Path, target: Path) -> None:
+    if not target.exists():
+        work.rename(target)
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    exchange = getattr(libc, "renameat2", None)
+    if exchange and exchange(_AT_FDCWD, bytes(work), _AT_FDCWD, bytes(target), _RENAME_EXCHANGE) == 0:
+        return
+    # No atomic exchange on this file system or libc: the old bundle steps aside first.
+    aside = target.parent / f".{target.name}.old"
+    shutil.rmtree(aside, ignore_errors=True)
+    target.rename(aside)
+    try:
+        work.rename(target)
+    except OSError:
+        aside.rename(target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _plain(e: OSError, target: Path) -> Exception:
+    if e.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return MissingDependencyError(f"{target}: the disk is full; free space or choose another --out")
+    if e.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
+        return MissingDependencyError(f"{target}: not writable ({e.strerror}); choose another --out")
+    if e.errno in {errno.ENOTDIR, errno.EEXIST}:
+        return InputError(f"{target}: a file stands in the way ({e.strerror}); choose another --out")
+    return MissingDependencyError(f"{target}: {e.strerror or e}")

@@ -1,0 +1,208 @@
+"""A timm directory (config.json + safetensors) -> ViTConfig and fitting weights (SPEC 2)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wsi_rt.export.arch import IMAGENET_MEAN, IMAGENET_STD, Shapes, ViTConfig
+from wsi_rt.export.weights import F32, Renamed, SafetensorsSource, WeightSource
+from wsi_rt.runtime.errors import CheckpointError, MissingDependencyError
+from wsi_rt.runtime.types import TILE_PX
+
+# Tile encoders whose architecture is known without timm. Others are looked up in timm itself.
+_KNOWN: dict[str, dict[str, Any]] = {
+    "vit_giant_patch14_dinov2": {
+        "patch_size": 14,
+        "embed_dim": 1536,
+        "depth": 40,
+        "num_heads": 24,
+        "mlp_ratio": 2.66667 * 2,
+        "mlp": "swiglu_packed",
+        "act": "silu",
+        "layer_scale": True,
+        "img_size": 518,
+    },
+}
+
+
+def load_timm_directory(path: Path) -> tuple[ViTConfig, WeightSource]:
+    """Raises CheckpointError on an unknown or unsupported architecture."""
+    config_path = path / "config.json"
+    try:
+        data = json.loads(config_path.read_text())
+        name, args = data["architecture"], dict(data.get("model_args") or {})
+        pretrained = dict(data.get("pretrained_cfg") or {})
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise CheckpointError(
+            f"{config_path}: not a timm config ({e!r}), expected a JSON object with `architecture`"
+        ) from e
+    if "img_size" not in args and pretrained.get("input_size"):
+        args["img_size"] = pretrained["input_size"][-1]
+    config = _known(name, args, pretrained) if name in _KNOWN else _from_timm(name, args, pretrained)
+    if config.image_px > TILE_PX:
+        raise CheckpointError(
+            f"{path}: {name} takes {config.image_px} px, tiles are {TILE_PX} px; set model_args.img_size to 224 "
+            "(positions are resampled as timm does)"
+        )
+    weights = Renamed(SafetensorsSource.open(path), lambda n: None if n.startswith("head.") else n)
+    return config, _Resampled(weights, config)
+
+
+def _statistics(pretrained: dict[str, Any]) -> dict[str, Any]:
+    return {"mean": tuple(pretrained.get("mean", IMAGENET_MEAN)), "std": tuple(pretrained.get("std", IMAGENET_STD))}
+
+
+def _known(name: str, args: dict[str, Any], pretrained: dict[str, Any]) -> ViTConfig:
+    """From the table above; model_args override it, and any other argument is refused."""
+    a = dict(_KNOWN[name])
+    allowed = {"img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "init_values", "reg_tokens",
+               "no_embed_class", "num_classes", "global_pool", "dynamic_img_size", "pretrained"}
+    unknown = sorted(set(args) - allowed)
+    if unknown or args.get("global_pool", "token") != "token":
+        raise CheckpointError(f"{name}: model_args {unknown or ['global_pool']} are not supported")
+    a |= args
+    hidden = int(a["embed_dim"] * a["mlp_ratio"])
+    return ViTConfig(
+        width=a["embed_dim"],
+        depth=a["depth"],
+        heads=a["num_heads"],
+        mlp_hidden=hidden // 2,
+        mlp=a["mlp"],
+        act=a["act"],
+        image_px=a["img_size"],
+        patch_px=a["patch_size"],
+        layer_scale=bool(a.get("init_values", a["layer_scale"])),
+        reg_tokens=a.get("reg_tokens", 0),
+        no_embed_class=a.get("no_embed_class", False),
+        **_statistics(pretrained),
+    )
+
+
+def _from_timm(name: str, args: dict[str, Any], pretrained: dict[str, Any]) -> ViTConfig:
+    """Build the model without memory (meta device) and read what it is made of."""
+    try:
+        import timm
+        import torch
+    except (ImportError, RuntimeError) as e:  # a torchvision of another torch raises RuntimeError
+        raise MissingDependencyError(
+            f"tile encoder {name!r} needs timm, which does not import ({e}): pip install 'wsi-rt[export]'"
+        ) from e
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(name, pretrained=False, **{**args, "num_classes": 0})
+    except (RuntimeError, TypeError, AssertionError, ValueError) as e:
+        raise CheckpointError(f"timm cannot build {name!r} with {args}: {e}") from e
+    return describe_timm(model, name, _statistics(pretrained))
+
+
+def describe_timm(model: Any, name: str, statistics: dict[str, Any] | None = None) -> ViTConfig:
+    """A timm VisionTransformer -> ViTConfig; raises CheckpointError naming what is not supported."""
+    _refuse_unsupported(model, name)
+    block, mlp = model.blocks[0], model.blocks[0].mlp
+    kind = type(mlp).__name__
+    norm = next(m for m in (model.norm, model.fc_norm) if type(m).__name__ != "Identity")
+    return ViTConfig(
+        width=model.embed_dim,
+        depth=len(model.blocks),
+        heads=block.attn.num_heads,
+        mlp_hidden=mlp.fc2.in_features,
+        mlp={"Mlp": "mlp", "GluMlp": "swiglu_packed", "SwiGLU": "swiglu"}[kind],
+        act=_activation(mlp.act, name),
+        image_px=model.patch_embed.img_size[0],
+        patch_px=model.patch_embed.patch_size[0],
+        qkv_bias=block.attn.qkv.bias is not None,
+        proj_bias=block.attn.proj.bias is not None,
+        qk_norm=type(block.attn.q_norm).__name__ != "Identity",
+        layer_scale=type(block.ls1).__name__ != "Identity",
+        class_token=model.has_class_token,
+        reg_tokens=model.num_reg_tokens,
+        no_embed_class=model.no_embed_class,
+        pre_norm=type(model.norm_pre).__name__ != "Identity",
+        patch_bias=model.patch_embed.proj.bias is not None,
+        norm_eps=norm.eps,
+        pool=model.global_pool,
+        fc_norm=type(model.fc_norm).__name__ != "Identity",
+        **(statistics or {}),
+    )
+
+
+def _refuse_unsupported(model: Any, name: str) -> None:
+    def refuse(what: str) -> None:
+        raise CheckpointError(f"tile encoder {name!r}: {what} is not supported (a plain timm VisionTransformer is)")
+
+    if type(model).__name__ != "VisionTransformer":
+        refuse(f"class {type(model).__name__}")
+    block = model.blocks[0]
+    if type(block).__name__ != "Block" or type(block.attn).__name__ != "Attention":
+        refuse(f"block {type(block).__name__} with {type(getattr(block, 'attn', None)).__name__}")
+    if type(block.mlp).__name__ not in {"Mlp", "GluMlp", "SwiGLU"} or getattr(block.mlp, "gate_last", False):
+        refuse(f"MLP {type(block.mlp).__name__}")
+    if model.global_pool not in {"token", "avg"} or model.attn_pool is not None or model.pool_include_prefix:
+        refuse(f"pooling {model.global_pool!r}")
+    if model.pos_embed is None or type(model.patch_embed.norm).__name__ != "Identity":
+        refuse("a patch embedding without learned positions or with its own norm")
+    for module in model.modules():
+        if type(module).__name__ in {"RmsNorm", "SimpleNorm"}:
+            refuse(f"norm {type(module).__name__}")
+    attn = block.attn
+    if type(attn.norm).__name__ != "Identity" or attn.gate is not None or type(block.mlp.norm).__name__ != "Identity":
+        refuse("a norm or gate inside attention or MLP")
+    if all(type(m).__name__ == "Identity" for m in (model.norm, model.fc_norm)):
+        refuse("no final norm")
+
+
+def _activation(module: Any, name: str) -> str:
+    kind = type(module).__name__
+    if kind == "GELU" and getattr(module, "approximate", "none") == "tanh":
+        kind = "GELUTanh"
+    known = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu", "ReLU": "relu"}
+    if kind not in known:
+        raise CheckpointError(f"tile encoder {name!r}: activation {kind} is not supported, expected {sorted(known)}")
+    return known[kind]
+
+
+class _Resampled(WeightSource):
+    """Position embeddings brought to the grid of the configuration, bicubic with antialiasing as timm does."""
+
+    def __init__(self, source: WeightSource, config: ViTConfig) -> None:
+        self.label = source.label
+        self._source, self._config = source, config
+        self._wanted = config.tensors()["pos_embed"]
+
+    def shapes(self) -> Shapes:
+        shapes = self._source.shapes()
+        if self._resamples(shapes.get("pos_embed")):
+            shapes["pos_embed"] = self._wanted
+        return shapes
+
+    def _resamples(self, shape: tuple[int, ...] | None) -> bool:
+        """Whether `shape` is a square grid of another size plus our prefix tokens."""
+        if shape is None or shape == self._wanted or len(shape) != 3 or shape[2] != self._wanted[2]:
+            return False
+        cells = shape[1] - self._prefix
+        return cells > 0 and round(cells**0.5) ** 2 == cells
+
+    @property
+    def _prefix(self) -> int:
+        return 0 if self._config.no_embed_class else self._config.prefix_tokens
+
+    def get(self, name: str) -> F32:
+        x = self._source.get(name)
+        if name != "pos_embed" or not self._resamples(x.shape):
+            return x
+        import torch
+        import torch.nn.functional as F
+
+        prefix, grid = x[:, : self._prefix], x[:, self._prefix :]
+        side = round(grid.shape[1] ** 0.5)
+        t = torch.from_numpy(grid.reshape(1, side, side, -1)).permute(0, 3, 1, 2)
+        t = F.interpolate(t, size=(self._config.grid,) * 2, mode="bicubic", antialias=True)
+        grid = t.permute(0, 2, 3, 1).reshape(1, -1, grid.shape[2]).numpy()
+        return np.ascontiguousarray(np.concatenate([prefix, grid], axis=1))
+
+    def digest(self) -> str:
+        return self._source.digest()

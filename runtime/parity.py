@@ -1,0 +1,114 @@
+"""How far an engine is from the fp32 reference, and how far it may be.
+
+Every component of a bundle carries a small stored input and the reference's output (`check.npz`), so that
+the numbers can be checked again without the checkpoint and without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsi_rt.runtime.engines.registry import backend
+from wsi_rt.runtime.errors import EngineMismatchError, ParityError
+from wsi_rt.runtime.manifest import EngineManifest
+
+if TYPE_CHECKING:
+    from wsi_rt.runtime.llm.decoder import Decoder
+
+Arrays = Mapping[str, NDArray[Any]]
+INPUT, OUTPUT = "input.", "output."  # prefixes of the names in check.npz
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Both bounds must hold. max_rel: largest error over the largest reference value; min_cosine: of the
+    worst row."""
+
+    max_rel: float
+    min_cosine: float
+
+
+# fp32 engines differ from torch by rounding and summation order only: about 2e-6 is seen.
+GATES = {"fp32": Gate(max_rel=5e-5, min_cosine=0.999999)}
+
+
+@dataclass(frozen=True)
+class Parity:
+    max_abs: float
+    max_rel: float
+    min_cosine: float
+
+    def passes(self, gate: Gate) -> bool:
+        return self.max_rel <= gate.max_rel and self.min_cosine >= gate.min_cosine  # NaN fails both
+
+    def to_json(self) -> dict[str, float]:
+        return {k: float(f"{v:.6g}") for k, v in asdict(self).items()}
+
+
+def compare(actual: Arrays, expected: Arrays) -> Parity:
+    """The worst of all outputs; a missing, misshapen or non-finite output counts as infinitely wrong."""
+    worst = Parity(0.0, 0.0, 1.0)
+    for name, reference in expected.items():
+        one = _compare_one(actual.get(name), reference)
+        worst = Parity(
+            max(worst.max_abs, one.max_abs), max(worst.max_rel, one.max_rel), min(worst.min_cosine, one.min_cosine)
+        )
+    return worst
+
+
+def _compare_one(actual: NDArray[Any] | None, reference: NDArray[Any]) -> Parity:
+    if actual is None or actual.shape != reference.shape or not np.isfinite(actual).all():
+        return Parity(float("inf"), float("inf"), -1.0)
+    a, e = actual.astype(np.float64), reference.astype(np.float64)
+    max_abs = float(np.abs(a - e).max())
+    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(e, axis=-1)
+    cosine = np.where(norms > 0, (a * e).sum(-1) / np.where(norms > 0, norms, 1.0), np.all(a == e, axis=-1))
+    return Parity(max_abs, max_abs / max(float(np.abs(e).max()), 1e-30), float(cosine.min()))
+
+
+def load_check(root: Path, manifest: EngineManifest) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
+    """The stored inputs and reference outputs of a component."""
+    try:
+        with np.load(root / manifest.check, allow_pickle=False) as data:
+            arrays = {name: data[name] for name in data.files}
+    except (OSError, ValueError, KeyError) as e:
+        raise EngineMismatchError(f"{root / manifest.check}: not readable ({e}); rebuild the bundle") from e
+    parts = ({k.removeprefix(p): v for k, v in arrays.items() if k.startswith(p)} for p in (INPUT, OUTPUT))
+    inputs, outputs = parts
+    return inputs, outputs
+
+
+def check_component(root: Path, target: str, manifest: EngineManifest, threads: int) -> Parity:
+    """Run a component on its stored input and compare with its stored reference output."""
+    inputs, expected = load_check(root, manifest)
+    if manifest.name == "llm":
+        with backend(target).open_decoder(root, manifest, threads) as decoder:
+            actual = run_decoder(decoder, inputs)
+    else:
+        with backend(target).open_engine(root, manifest, threads) as engine:
+            actual = engine.run(inputs)
+    return compare(actual, expected)
+
+
+def run_decoder(decoder: Decoder, inputs: Arrays) -> dict[str, NDArray[Any]]:
+    """Prefill `embeds` [T, hidden], then step through `token_ids` [S] -> logits [S + 1, vocab]."""
+    embeds, token_ids = inputs["embeds"], inputs["token_ids"]
+    kv = decoder.new_kv(len(embeds) + len(token_ids))
+    logits = [decoder.prefill(kv, embeds)]
+    logits += [decoder.step([kv], token_ids[i : i + 1])[0] for i in range(len(token_ids))]
+    return {"logits": np.stack(logits)}
+
+
+def require(name: str, what: str, parity: Parity, gate: Gate) -> None:
+    """Raises ParityError, naming the component and both numbers, when the gate does not hold."""
+    if not parity.passes(gate):
+        raise ParityError(
+            f"{name} ({what}) differs from the fp32 reference: relative error {parity.max_rel:.2e} (at most "
+            f"{gate.max_rel:.0e}), cosine {parity.min_cosine:.7f} (at least {gate.min_cosine}); nothing was installed"
+        )
