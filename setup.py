@@ -8,5 +8,4 @@ setup(
     name="wsi-rt",
     package_dir={f"wsi_rt.{f}": f for f in FOLDERS},
     packages=[f"wsi_rt.{f}" for f in FOLDERS] + [f"wsi_rt.{f}.{p}" for f in FOLDERS for p in find_packages(f)],
-    entry_points={"console_scripts": ["wsi-rt=wsi_rt.runtime.cli:main"]},
 )

@@ -144,7 +144,7 @@ class ProjectorConfig:
 
     def tensors(self) -> Shapes:
         out: Shapes = {}
-        for name, inp, width in zip(self.linear_names(), self.widths, self.widths[1:]):
+        for name, inp, width in zip(self.linear_names(), self.widths[:-1], self.widths[1:], strict=True):
             out |= _linear(name, width, inp)
         return out
 

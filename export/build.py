@@ -118,9 +118,7 @@ def build_engines(plan: BuildPlan, on_step: OnStep = lambda _: None) -> m.Manife
     out = plan.request.out
     _check_space(plan)
     with staged_directory(out) as work:
-        components = {
-            name: _build_one(plan, name, part, work, on_step) for name, part in plan.checkpoint.parts.items()
-        }
+        components = {name: _build_one(plan, name, part, work, on_step) for name, part in plan.checkpoint.parts.items()}
         on_step("tokenizer and manifest")
         tokenizer = _write_tokenizer(plan, work) if "llm" in components else {}
         manifest = _manifest(plan, components, tokenizer, work)

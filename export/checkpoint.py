@@ -163,7 +163,9 @@ def _llava(path: Path, base: Path | None) -> dict[str, Part]:
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder, expected a LLaVA checkpoint")
     if path.is_dir() and (path / "adapter_config.json").is_file():
-        raise CheckpointError(f"{path}: a LoRA adapter, which this version does not merge; merge it into its base first")
+        raise CheckpointError(
+            f"{path}: a LoRA adapter, which this version does not merge; merge it into its base first"
+        )
     source: WeightSource = _llava_weights(path)
     if base is not None:
         source = Overlay(source, _llava_weights(base))
@@ -255,11 +257,17 @@ def _fit(parts: dict[str, Part]) -> dict[str, Part]:
         parts[SLIDE] = Part(config, parts[SLIDE].source)
     for a, b, left, right in (
         (TILE, SLIDE, getattr(tile, "width", None), getattr(slide, "in_width", None)),
-        (PROJECTOR, LLM, projector.widths[-1] if isinstance(projector, ProjectorConfig) else None,
-         getattr(llm, "hidden", None)),
+        (
+            PROJECTOR,
+            LLM,
+            projector.widths[-1] if isinstance(projector, ProjectorConfig) else None,
+            getattr(llm, "hidden", None),
+        ),
     ):
         if left is not None and right is not None and left != right:
-            raise CheckpointError(f"{a} gives {left} numbers, {b} takes {right}: these checkpoints do not belong together")
+            raise CheckpointError(
+                f"{a} gives {left} numbers, {b} takes {right}: these checkpoints do not belong together"
+            )
     return parts
 
 

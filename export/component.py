@@ -114,5 +114,7 @@ def _describe(name: str, c: ComponentConfig, work: Path, graphs: Graphs, precisi
 def _spec(value: Any) -> TensorSpec:
     tensor = value.type.tensor_type
     dims = tuple(d.dim_param or d.dim_value for d in tensor.shape.dim)
-    dtype = "float32" if tensor.elem_type == TensorProto.FLOAT else helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+    dtype = (
+        "float32" if tensor.elem_type == TensorProto.FLOAT else helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+    )
     return TensorSpec(value.name, dtype, dims)

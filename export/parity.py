@@ -69,7 +69,7 @@ def run_portable(c: ComponentConfig, graphs: dict[str, Path], inputs: Arrays) ->
         return {"logits": run_portable_llama(c, graphs["embed"], graphs["decoder"], inputs)}
     session = _session(graphs["model"])
     names = [o.name for o in session.get_outputs()]
-    return dict(zip(names, session.run(names, inputs)))
+    return dict(zip(names, session.run(names, inputs), strict=True))
 
 
 def run_portable_llama(c: LlamaConfig, embed: Path, decoder: Path, inputs: Arrays) -> NDArray[np.float32]:
@@ -83,7 +83,7 @@ def run_portable_llama(c: LlamaConfig, embed: Path, decoder: Path, inputs: Array
     for x in [inputs["embeds"], *np.split(new, len(new))]:
         first, *present = session.run(["logits", *presents], {"inputs_embeds": x[None], **past})
         logits.append(first[0])
-        past = dict(zip(past, present))
+        past = dict(zip(past, present, strict=True))
     return np.stack(logits)
 
 

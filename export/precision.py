@@ -6,7 +6,7 @@ from wsi_rt.runtime.errors import InputError
 from wsi_rt.runtime.manifest import COMPONENTS
 
 # What each component can be built in, its default first.
-SUPPORTED: dict[str, tuple[str, ...]] = {name: ("fp32",) for name in COMPONENTS}
+SUPPORTED: dict[str, tuple[str, ...]] = dict.fromkeys(COMPONENTS, ("fp32",))
 
 
 def parse_precision(text: str | None) -> dict[str, str]:

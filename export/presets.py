@@ -23,7 +23,9 @@ class Preset:
 # The published architecture with fewer and narrower layers: seconds on two cores. Slide tokens keep
 # their published widths (768, padded to 1024), so published-style `.pt` files fit.
 NANO = Preset(
-    tile_encoder=ViTConfig(width=96, depth=3, heads=4, mlp_hidden=256, mlp="swiglu_packed", act="silu", layer_scale=True),
+    tile_encoder=ViTConfig(
+        width=96, depth=3, heads=4, mlp_hidden=256, mlp="swiglu_packed", act="silu", layer_scale=True
+    ),
     slide_encoder=LongNetConfig(in_width=96, depth=2),
     projector=ProjectorConfig(widths=(1024, 256, 256)),
     llm=LlamaConfig(hidden=256, layers=4, heads=8, kv_heads=8, head_width=32, ffn=688, vocab=2048, context=4096),

@@ -74,7 +74,14 @@ class Rule:
 
 
 # Projections that write to the residual stream, in any of the four components.
-_RESIDUAL = ("attn.proj.weight", "mlp.fc2.weight", "out_proj.weight", "ffn.fc2.weight", "o_proj.weight", "down_proj.weight")
+_RESIDUAL = (
+    "attn.proj.weight",
+    "mlp.fc2.weight",
+    "out_proj.weight",
+    "ffn.fc2.weight",
+    "o_proj.weight",
+    "down_proj.weight",
+)
 
 
 def rule_for(name: str, shape: tuple[int, ...], depth: int) -> Rule:

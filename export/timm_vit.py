@@ -59,8 +59,21 @@ def _statistics(pretrained: dict[str, Any]) -> dict[str, Any]:
 def _known(name: str, args: dict[str, Any], pretrained: dict[str, Any]) -> ViTConfig:
     """From the table above; model_args override it, and any other argument is refused."""
     a = dict(_KNOWN[name])
-    allowed = {"img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "init_values", "reg_tokens",
-               "no_embed_class", "num_classes", "global_pool", "dynamic_img_size", "pretrained"}
+    allowed = {
+        "img_size",
+        "patch_size",
+        "embed_dim",
+        "depth",
+        "num_heads",
+        "mlp_ratio",
+        "init_values",
+        "reg_tokens",
+        "no_embed_class",
+        "num_classes",
+        "global_pool",
+        "dynamic_img_size",
+        "pretrained",
+    }
     unknown = sorted(set(args) - allowed)
     if unknown or args.get("global_pool", "token") != "token":
         raise CheckpointError(f"{name}: model_args {unknown or ['global_pool']} are not supported")

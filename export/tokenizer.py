@@ -20,7 +20,6 @@ from wsi_rt.runtime.llm.tokenizer import CONFIG_FILE, TOKENIZER_FILE
 
 _SPACE = "\u2581"
 _NORMAL, _UNKNOWN, _CONTROL, _BYTE, _BPE = 1, 2, 3, 6, 2  # sentencepiece_model.proto
-
 _NO_EXTRAS: Mapping[str, Any] = {"truncation": None, "padding": None, "post_processor": None}
 
 Merge = tuple[str, str]
@@ -77,7 +76,7 @@ def _from_sentencepiece(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{path} needs {exc.name}, expected the extra; pip install 'wsi-rt[export]'"
         ) from exc
 
-    model = sentencepiece_model_pb2.ModelProto()
+    model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     try:
         model.ParseFromString(path.read_bytes())
     except DecodeError as exc:

@@ -101,7 +101,9 @@ class SafetensorsSource(WeightSource):
         if path.is_file():
             return cls([path], str(path))
         if not path.is_dir():
-            raise CheckpointError(f"{path}: no such file or directory, expected a .safetensors file or a folder of them")
+            raise CheckpointError(
+                f"{path}: no such file or directory, expected a .safetensors file or a folder of them"
+            )
         indices = sorted(path.glob("*.safetensors.index.json"))
         if indices:
             return cls(_shards(indices[0]), str(path))
@@ -138,7 +140,9 @@ def _shards(index: Path) -> list[Path]:
         raise CheckpointError(f"{index}: not a shard index ({e}), expected a JSON object with `weight_map`") from e
     missing = [n for n in names if not (index.parent / n).is_file()]
     if missing:
-        raise CheckpointError(f"{index}: shard {missing[0]} is missing ({len(missing)} of {len(names)}); download it again")
+        raise CheckpointError(
+            f"{index}: shard {missing[0]} is missing ({len(missing)} of {len(names)}); download it again"
+        )
     return [index.parent / n for n in names]
 
 

@@ -68,7 +68,7 @@ class Bundle:
     def tokenizer(self) -> Tokenizer:
         from wsi_rt.runtime.llm.tokenizer import Tokenizer
 
-        return Tokenizer.load(self.root / "tokenizer")
+        return Tokenizer(self.root / "tokenizer")
 
 
 def write_stamp(root: Path, manifest: Manifest) -> None:

@@ -47,9 +47,3 @@ class ParityError(WsiRtError):
     """An engine whose numbers differ from the reference by more than its gate allows."""
 
     exit_code = 5
-
-
-class Cancelled(WsiRtError):
-    """Stopped by the user; nothing half-written is left behind."""
-
-    exit_code = 130

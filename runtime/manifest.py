@@ -113,6 +113,7 @@ def load_manifest(root: Path) -> Manifest:
         )
     if digest != sha256_json(data):
         raise EngineMismatchError(f"{path}: edited after the build (its digest does not match); rebuild with --force")
-    components = {name: EngineManifest.from_json(c) for name, c in data["components"].items()}
+    stored = data["components"]
+    components = {n: EngineManifest.from_json(stored[n]) for n in COMPONENTS if n in stored}
     files = {name: FileEntry(**f) for name, f in data["files"].items()}
     return Manifest(**{**data, "components": components, "files": files})

@@ -135,13 +135,17 @@ class GraphBuilder:
         self.declare(function)
         return self.op(function.name, inputs, domain=function.domain, outputs=len(function.output), **attributes)
 
-    def function(self, inputs: Sequence[str], results: Sequence[str], attributes: Sequence[str] = ()) -> onnx.FunctionProto:
+    def function(
+        self, inputs: Sequence[str], results: Sequence[str], attributes: Sequence[str] = ()
+    ) -> onnx.FunctionProto:
         """The nodes so far as a function body of our domain."""
         outputs = [f"out{i}" for i in range(len(results))]
-        for result, name in zip(results, outputs):
+        for result, name in zip(results, outputs, strict=True):
             self._nodes.append(helper.make_node("Identity", [result], [name], name=f"/{name}/Identity"))
         imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(OUR_DOMAIN, 1)]
-        return helper.make_function(OUR_DOMAIN, self.name, list(inputs), outputs, self._nodes, imports, list(attributes))
+        return helper.make_function(
+            OUR_DOMAIN, self.name, list(inputs), outputs, self._nodes, imports, list(attributes)
+        )
 
     def save(self, path: Path) -> None:
         """Write the model file; its weights already stand beside it."""

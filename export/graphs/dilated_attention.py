@@ -17,8 +17,9 @@ from wsi_rt.export.graphs.builder import GraphBuilder
 NOT_KEPT = -1e30  # log-sum-exp of a (position, head) that a branch does not keep
 
 
-def dilated_attention(b: GraphBuilder, q: str, k: str, v: str, segments: Sequence[int], ratios: Sequence[int],
-                      heads: int, width: int) -> str:
+def dilated_attention(
+    b: GraphBuilder, q: str, k: str, v: str, segments: Sequence[int], ratios: Sequence[int], heads: int, width: int
+) -> str:
     """q, k, v: [L, heads, width] values of `b` -> [L, heads, width]."""
     body, branches = _function(tuple(segments), tuple(ratios), heads, width)
     for branch in branches:
@@ -30,12 +31,12 @@ def dilated_attention(b: GraphBuilder, q: str, k: str, v: str, segments: Sequenc
 def _function(
     segments: tuple[int, ...], ratios: tuple[int, ...], heads: int, width: int
 ) -> tuple[onnx.FunctionProto, list[onnx.FunctionProto]]:
-    branches = [_branch(w, r, heads, width) for w, r in zip(segments, ratios)]
+    branches = [_branch(w, r, heads, width) for w, r in zip(segments, ratios, strict=True)]
     b = GraphBuilder("DilatedAttention")
-    outs, lses = zip(*(b.call(branch, ["q", "k", "v"]) for branch in branches))
+    outs, lses = zip(*(b.call(branch, ["q", "k", "v"]) for branch in branches), strict=True)
     top = b.op("Max", lses)  # [L, H, 1]
     weights = [b.op("Exp", [b.op("Sub", [lse, top])]) for lse in lses]
-    total = b.op("Sum", [b.op("Mul", [w, o]) for w, o in zip(weights, outs)])
+    total = b.op("Sum", [b.op("Mul", [w, o]) for w, o in zip(weights, outs, strict=True)])
     out = b.op("Div", [total, b.op("Sum", weights)])
     return b.function(["q", "k", "v"], [out], ["segment_lengths", "dilated_ratios"]), branches
 

@@ -87,7 +87,7 @@ class LlamaGraph:
             past = b.op("Squeeze", [b.op("Shape", [past_key], start=2, end=3), b.constant([0])])
             total = b.op("Add", [past, tokens])
             position = b.op("Range", [past, total, b.constant(1)])
-            for name, table in zip(("cos", "sin"), rope_tables(self.c)):
+            for name, table in zip(("cos", "sin"), rope_tables(self.c), strict=True):
                 self.shared[name] = b.op("Gather", [b.weight(f"rope.{name}", table), position])  # [T, D / 2]
             keys = b.op("Range", [b.constant(0), total, b.constant(1)])
             query = b.op("Unsqueeze", [position, b.constant([1])])
@@ -155,7 +155,7 @@ class OrtCpuLlamaGraph(LlamaGraph):
         b = self.b
         self.shared["seqlens_k"] = b.input("seqlens_k", TensorProto.INT32, ["batch"])
         self.shared["total"] = b.input("total_sequence_length", TensorProto.INT32, [])
-        for name, table in zip(("cos", "sin"), rope_tables(self.c)):
+        for name, table in zip(("cos", "sin"), rope_tables(self.c), strict=True):
             self.shared[name] = b.weight(f"rope.{name}", table)
 
     def past(self, i: int) -> tuple[str, str]:

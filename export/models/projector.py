@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,7 +16,7 @@ class Projector(nn.Module):
     def __init__(self, c: ProjectorConfig) -> None:
         super().__init__()
         self.model = nn.Module()
-        linears = [nn.Linear(a, b) for a, b in zip(c.widths, c.widths[1:])]
+        linears = [nn.Linear(a, b) for a, b in pairwise(c.widths)]
         if len(linears) == 1:
             self.model.mm_projector = linears[0]
         else:

@@ -22,7 +22,9 @@ def dilated_attention_reference(
 
     A (position, head) that no branch keeps is 0.
     """
-    branches = [_branch(q.float(), k.float(), v.float(), w, r) for w, r in zip(segment_lengths, dilated_ratios)]
+    branches = [
+        _branch(q.float(), k.float(), v.float(), w, r) for w, r in zip(segment_lengths, dilated_ratios, strict=True)
+    ]
     out = torch.stack([o for o, _ in branches])  # [branch, L, H, D]
     lse = torch.stack([s for _, s in branches])  # [branch, L, H]
     weight = torch.exp(lse - lse.amax(dim=0))

@@ -29,8 +29,6 @@ def slide_embed(projected: Tensor, positions: Tensor, bias: Tensor, cls_token: T
         raise KernelInputError(
             f"{channels} channels, bias {bias.numel()}, CLS {cls_token.numel()}: expected equal multiples of 4"
         )
-    if positions.numel() and not (0 <= int(positions.min()) and int(positions.max()) < GRID):
-        raise KernelInputError(
-            f"positions span {int(positions.min())}..{int(positions.max())}, expected 0..{GRID - 1}"
-        )
+    if positions.numel() and not (int(positions.min()) >= 0 and int(positions.max()) < GRID):
+        raise KernelInputError(f"positions span {int(positions.min())}..{int(positions.max())}, expected 0..{GRID - 1}")
     return slide_embed_reference(projected, positions, bias, cls_token)

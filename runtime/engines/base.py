@@ -62,7 +62,7 @@ class Engine(ABC):
         wanted = f"expected {spec.dtype}{list(spec.dims)}"
         if array.dtype != np.dtype(spec.dtype) or array.ndim != len(spec.dims):
             raise InputError(f"{told}, {wanted}")
-        for size, dim in zip(array.shape, spec.dims):
+        for size, dim in zip(array.shape, spec.dims, strict=True):
             if isinstance(dim, int):
                 if size != dim:
                     raise InputError(f"{told}, {wanted}")

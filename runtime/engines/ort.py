@@ -38,7 +38,9 @@ def open_session(graph: Path, weights_dir: Path, threads: int) -> onnxruntime.In
         session = ort.InferenceSession(graph.read_bytes(), options, providers=[PROVIDER])
     except Exception as e:  # onnxruntime raises its own classes, which share no base
         reason = str(e).splitlines()[0]
-        raise EngineMismatchError(f"{graph}: onnxruntime {ort.__version__} cannot open it ({reason}); rebuild it") from e
+        raise EngineMismatchError(
+            f"{graph}: onnxruntime {ort.__version__} cannot open it ({reason}); rebuild it"
+        ) from e
     if session.get_providers() != [PROVIDER]:
         raise EngineMismatchError(f"{graph}: would run on {session.get_providers()}, expected {PROVIDER}")
     return session
@@ -61,7 +63,7 @@ class OrtEngine(Engine):
         contiguous = {name: np.ascontiguousarray(x) for name, x in inputs.items()}
         if not outputs:
             names = [s.name for s in self.manifest.outputs]
-            return dict(zip(names, self._session.run(names, contiguous)))
+            return dict(zip(names, self._session.run(names, contiguous), strict=True))
         binding = self._session.io_binding()
         for name, x in contiguous.items():
             binding.bind_input(name, "cpu", 0, x.dtype, x.shape, x.ctypes.data)

@@ -59,6 +59,7 @@ class Decoder(ABC):
     def step(self, kvs: Sequence[KV], token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Append one token per sequence: token_ids [B] -> logits [B, vocab] f32."""
 
+    @abstractmethod
     def close(self) -> None:
         """Release what the backend holds; closing twice is fine."""
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_rt.runtime.engines.ort import open_session
+from wsi_rt.runtime.errors import WsiRtError
 from wsi_rt.runtime.llm.decoder import KV, Decoder, DecoderSpec
 from wsi_rt.runtime.manifest import EngineManifest
 
@@ -25,9 +26,7 @@ class OrtKV(KV):
     def __init__(self, layers: int, kv_heads: int, head_width: int, capacity: int) -> None:
         self.length, self.capacity = 0, capacity
         shape = (1, kv_heads, capacity, head_width)
-        self.buffers = {
-            f"{i}.{part}": np.zeros(shape, np.float32) for i in range(layers) for part in ("key", "value")
-        }
+        self.buffers = {f"{i}.{part}": np.zeros(shape, np.float32) for i in range(layers) for part in ("key", "value")}
 
     @property
     def nbytes(self) -> int:
@@ -47,7 +46,8 @@ class OrtDecoder(Decoder):
     ) -> None:
         c = manifest.config
         self._layers, self._kv_heads, self._head_width = c["layers"], c["kv_heads"], c["head_width"]
-        self._embed, self._decoder = embed, decoder
+        self._embed: onnxruntime.InferenceSession | None = embed
+        self._decoder: onnxruntime.InferenceSession | None = decoder
         self.spec = DecoderSpec(
             vocab_size=c["vocab"],
             hidden_size=c["hidden"],
@@ -63,13 +63,16 @@ class OrtDecoder(Decoder):
         )
         return cls(manifest, embed, decoder)
 
+    def close(self) -> None:
+        self._embed = self._decoder = None
+
     def new_kv(self, capacity: int) -> OrtKV:
         if not 1 <= capacity <= self.spec.context_length:
             raise ValueError(f"KV capacity is {capacity}, expected 1..{self.spec.context_length} tokens")
         return OrtKV(self._layers, self._kv_heads, self._head_width, capacity)
 
     def embed(self, token_ids: NDArray[np.int64]) -> F32:
-        return self._embed.run(["embeds"], {"input_ids": token_ids})[0]
+        return _open(self._embed).run(["embeds"], {"input_ids": token_ids})[0]
 
     def prefill(self, kv: KV, embeds: F32) -> F32:
         return self._append(kv, embeds)[0]
@@ -88,7 +91,8 @@ class OrtDecoder(Decoder):
         x = np.ascontiguousarray(embeds, np.float32)[None]
         logits = np.empty((1, self.spec.vocab_size), np.float32)
         seqlens, length = np.array([total - 1], np.int32), np.array(total, np.int32)
-        binding = self._decoder.io_binding()
+        session = _open(self._decoder)
+        binding = session.io_binding()
         for name, array in (("inputs_embeds", x), ("seqlens_k", seqlens), ("total_sequence_length", length)):
             binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         for name, buffer in kv.buffers.items():
@@ -96,6 +100,12 @@ class OrtDecoder(Decoder):
             binding.bind_input(f"past.{name}", *where)
             binding.bind_output(f"present.{name}", *where)
         binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
-        self._decoder.run_with_iobinding(binding)
+        session.run_with_iobinding(binding)
         kv.length = total
         return logits
+
+
+def _open(session: onnxruntime.InferenceSession | None) -> onnxruntime.InferenceSession:
+    if session is None:
+        raise WsiRtError("this decoder is closed")
+    return session

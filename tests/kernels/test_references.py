@@ -59,7 +59,7 @@ def test_pool_norm_pad_orders(n, norm_width):
     out = pool_norm_pad(tokens, weight, bias, 1e-6, 576, 12)
     starts = [i * n // 576 for i in range(576)]
     ends = [-(-(i + 1) * n // 576) for i in range(576)]
-    pooled = torch.stack([tokens[a:b].mean(0) for a, b in zip(starts, ends)])
+    pooled = torch.stack([tokens[a:b].mean(0) for a, b in zip(starts, ends, strict=True)])
     if norm_width == 12:
         pooled = torch.nn.functional.pad(pooled, (0, 4))
     expected = (pooled - pooled.mean(1, keepdim=True)) / (pooled.var(1, correction=0, keepdim=True) + 1e-6).sqrt()

@@ -1,0 +1,138 @@
+"""Slide -> tile features -> slide tokens: the stages before the language model, and the files that skip them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Literal
+
+import numpy as np
+
+from wsi_rt.runtime.config import SlideSettings
+from wsi_rt.runtime.engines.base import Engine
+from wsi_rt.runtime.errors import FeatureFileError, WsiRtError
+from wsi_rt.runtime.features import read_slide_tokens, read_tile_features
+from wsi_rt.runtime.positions import grid_positions
+from wsi_rt.runtime.slides import find_tissue, iter_tiles, open_slide, plan_reads, select_tiles
+from wsi_rt.runtime.timing import Stopwatch
+from wsi_rt.runtime.types import POOLED_TOKENS, Provenance, SlideRef, SlideTokens, TileFeatures
+
+TILE_BATCH = 32
+Kind = Literal["slide", "tile_features", "slide_tokens"]
+OnProgress = Callable[[str, int, int], None]  # stage, done, total
+
+
+def input_kind(path: Path) -> Kind:
+    """By suffix: `.pt` holds slide tokens, `.h5` tile features, anything else is a slide."""
+    return {".pt": "slide_tokens", ".h5": "tile_features", ".hdf5": "tile_features"}.get(path.suffix.lower(), "slide")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What the encoders made of one input. `tokens` is None when only tile features were wanted;
+    `features` is None when the input was a token file. `tiles`: grid, kept, failed, distinct_tokens."""
+
+    tokens: SlideTokens | None
+    features: TileFeatures | None
+    tiles: Mapping[str, int | None]
+    slide: SlideRef | None = None
+    notes: tuple[str, ...] = ()
+    timings_ms: Mapping[str, float] = field(default_factory=dict)
+
+
+def encode_tiles(
+    path: Path, settings: SlideSettings, encoder: Engine, threads: int, clock: Stopwatch, on_progress: OnProgress
+) -> Encoded:
+    """Read a slide and encode its tissue tiles in grid order.
+
+    Raises SlideError (unreadable, no resolution, no tissue), WsiRtError when a tile's features are not
+    finite.
+    """
+    with open_slide(path, settings) as reader:
+        with clock.measure("tissue"):
+            plan = plan_reads(reader, settings)
+            mask = find_tissue(reader, threads=threads, on_progress=lambda d, n: on_progress("tissue", d, n))
+            grid = select_tiles(plan, mask)
+        grid_positions(grid, settings.position_tile)  # refuse before the long work, not after
+        width = encoder.manifest.outputs[0].dims[-1]
+        x = np.empty((len(grid), int(width)), np.float32)  # [N, C]
+        started = perf_counter()
+        with closing(iter_tiles(reader, grid, plan, TILE_BATCH, threads=threads)) as batches:
+            for batch in batches:
+                clock.add("tiles", (perf_counter() - started) * 1e3)
+                with clock.measure("tile_encoder"):
+                    rows = slice(int(batch.index[0]), int(batch.index[-1]) + 1)
+                    encoder.run({"tiles": batch.pixels}, {"features": x[rows]})
+                on_progress("tile encoder", rows.stop, len(grid))
+                started = perf_counter()
+        _require_finite(x, f"{path}: tile", grid.xy0.tolist())
+        made_by = Provenance("tile_encoder", encoder.manifest.digest, {"slide": reader.ref.provenance.digest})
+        features = TileFeatures(x, grid, made_by)
+        tiles = {"grid": grid.cells, "kept": len(grid), "failed": 0, "distinct_tokens": None}
+        return Encoded(None, features, tiles, reader.ref, tuple(reader.notes))
+
+
+def load_tiles(path: Path) -> Encoded:
+    """Tile features of an `.h5` file, sorted to row-major order (noted when that moved any)."""
+    features = read_tile_features(path)
+    tiles = {"grid": features.grid.cells, "kept": len(features.grid), "failed": 0, "distinct_tokens": None}
+    return Encoded(None, features, tiles, notes=features.notes)
+
+
+def encode_tokens(encoded: Encoded, position_tile: int | None, encoder: Engine, clock: Stopwatch) -> Encoded:
+    """Tile features -> 576 slide tokens.
+
+    Raises FeatureFileError when the features are not as wide as the encoder wants, InputError for tiles
+    off the position grid.
+    """
+    features = encoded.features
+    if features is None:
+        raise ValueError("nothing to encode: no tile features")
+    wanted = encoder.manifest.config["in_width"]
+    if features.x.shape[1] != wanted:
+        raise FeatureFileError(
+            f"tile features have {features.x.shape[1]} numbers each, this bundle's slide encoder takes {wanted}: "
+            "they come from another tile encoder"
+        )
+    positions = grid_positions(features.grid, position_tile)
+    with clock.measure("slide_encoder"):
+        out = encoder.run({"features": features.x, "positions": positions})["tokens"]
+    _require_finite(out, "slide token", range(len(out)))
+    distinct = min(len(features.grid), POOLED_TOKENS)
+    settings = {"position_tile": position_tile or features.grid.patch_size_level0, "order": features.grid.order}
+    made_by = Provenance("slide_encoder", encoder.manifest.digest, settings)
+    notes = encoded.notes
+    if distinct < POOLED_TOKENS:
+        notes += (f"{distinct} tiles fill {POOLED_TOKENS} slide tokens: some tokens repeat",)
+    return replace(
+        encoded,
+        tokens=SlideTokens(out, made_by, distinct),
+        tiles={**encoded.tiles, "distinct_tokens": distinct},
+        notes=notes,
+    )
+
+
+def load_tokens(path: Path, width: int, unpadded: int | None) -> Encoded:
+    """Slide tokens of a `.pt` file, `width` wide, or `unpadded` wide and zero-padded here.
+
+    Raises FeatureFileError for any other shape.
+    """
+    tokens = read_slide_tokens(path, {width} if unpadded is None else {width, unpadded})
+    missing = width - tokens.tokens.shape[1]
+    if missing:
+        tokens = replace(tokens, tokens=np.pad(tokens.tokens, ((0, 0), (0, missing))))
+    tiles = {"grid": None, "kept": None, "failed": 0, "distinct_tokens": tokens.distinct}
+    notes = (f"slide tokens zero-padded from {unpadded} to {width} channels",) if missing else ()
+    return Encoded(tokens, None, tiles, notes=(*tokens.notes, *notes))
+
+
+def _require_finite(x: np.ndarray, what: str, names) -> None:
+    bad = np.flatnonzero(~np.isfinite(x).all(axis=1))
+    if bad.size:
+        raise WsiRtError(
+            f"{what} {names[int(bad[0])]} encodes to values that are not finite ({bad.size} of {len(x)} do); "
+            "rebuild the engines with --precision fp32, and run wsi-rt verify"
+        )

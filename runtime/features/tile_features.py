@@ -1,0 +1,193 @@
+"""Tile features of a slide in HDF5: TRIDENT's layout, written and read; AtlasPatch's, read."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsi_rt.runtime.errors import FeatureFileError
+from wsi_rt.runtime.features.atomic import atomic_write
+from wsi_rt.runtime.features.stamp import STAMP, claimed_provenance, dump_stamp, load_stamp
+from wsi_rt.runtime.features.tile_h5 import read_raw
+from wsi_rt.runtime.types import TILE_PX, TileFeatures, TileGrid
+
+MAX_FEATURE_BYTES = 8 << 30  # as float32: a million tiles (the whole 1000 x 1000 grid) of 1536 take 6.1 GB
+_MAX_XY0 = 1 << 31  # level-0 px; the largest slides are some 10^6 px wide
+_BLOCK = 4096  # rows looked at together, to keep temporary arrays small
+_CHUNK = 256  # rows of features per HDF5 chunk: 1.5 MB at 1536 channels
+
+
+def read_tile_features(
+    path: str | os.PathLike[str],
+    *,
+    sort: bool = True,
+    patch_size_level0: int | None = None,
+    max_bytes: int = MAX_FEATURE_BYTES,
+) -> TileFeatures:
+    """Tile features of an `.h5` file: x [N, D] f32 and a grid xy0 [N, 2] int64 level-0 px, both in one order.
+
+    sort: by exact (y, x), the order the slide encoder was trained on (`grid.order` "row-major"); a note says when that
+    changed the file's order. With False the file's order stays, and `grid.order` is "file" when it is another one.
+    patch_size_level0: tile edge in level-0 px; overrides the file, and is needed where the file does not say.
+    `provenance.digest` is the SHA-256 of the file. Repeated grid cells are allowed, counted and noted.
+
+    Raises: FeatureFileError (damaged, no known layout, no features, N = 0 or different, no patch_size_level0,
+    coordinates that are no level-0 px, values that are not finite). Source: SPEC 1 and 6.
+    """
+    where = Path(path)
+    raw = read_raw(where, max_bytes)
+    size0, notes = _patch_size(raw.attrs, patch_size_level0, where)
+    xy0 = _coordinates(raw.xy0, where)
+    x = _finite(raw.x, xy0, where)
+    provenance, facts = load_stamp(_text(raw.attrs.get(STAMP)), digest=raw.digest, otherwise=f"external {raw.layout}")
+    order = np.lexsort((xy0[:, 0], xy0[:, 1]))  # by y, then x; stable
+    moved = int((order != np.arange(len(order))).sum())
+    if sort and moved:
+        x, xy0 = x[order], xy0[order]
+        notes.append(f"sorted to row-major (y, x): {moved} of {len(order)} tiles changed place")
+    elif moved:
+        notes.append("order kept as in the file, which is not row-major (y, x)")
+    repeated = _repeated_cells(xy0, size0)
+    if repeated:
+        notes.append(f"{repeated} of {len(xy0)} tiles lie in a grid cell that another tile holds already")
+    cells, tiler = facts.get("cells"), facts.get("grid")
+    grid = TileGrid(
+        xy0,
+        size0,
+        order="row-major" if sort or not moved else "file",
+        cells=cells if isinstance(cells, int) and cells >= len(xy0) else len(xy0),
+        provenance=claimed_provenance(tiler) if isinstance(tiler, dict) else provenance,
+    )
+    return TileFeatures(x, grid, provenance, tuple(notes))
+
+
+def _patch_size(attrs: Mapping[str, Any], given: int | None, path: Path) -> tuple[int, list[str]]:
+    """(tile edge in level-0 px, notes). Never guessed: positions are coordinates divided by it."""
+    stored = _integer(attrs.get("patch_size_level0"))
+    if given is not None:
+        if isinstance(given, bool) or not isinstance(given, (int, np.integer)) or not 0 < given < _MAX_XY0:
+            raise FeatureFileError(f"--patch-size-level0 is {given!r}, expected a positive number of level-0 px")
+        differs = stored is not None and stored != given
+        note = f"patch_size_level0 {given} as given; the file says {stored}"
+        return int(given), [note] if differs else []
+    if stored is not None and 0 < stored < _MAX_XY0:
+        return stored, []
+    what = "has no attribute patch_size_level0"
+    if "patch_size_level0" in attrs:
+        what = f"has patch_size_level0 {ascii(attrs['patch_size_level0'])[:40]}, expected a positive integer"
+    patch, factor = _integer(attrs.get("patch_size")), _integer(attrs.get("downsample"))
+    hint = f" (patch_size {patch} x downsample {factor} suggests {patch * factor})" if patch and factor else ""
+    raise FeatureFileError(
+        f"{path} {what} (tile edge in level-0 px), needed for tile positions: "
+        f"give it with `--patch-size-level0 PX`{hint}"
+    )
+
+
+def _integer(value: Any) -> int | None:
+    """An HDF5 attribute as an integer: a number, or an array of equal numbers (CLAM's downsample has one per axis)."""
+    array = np.asarray(value).ravel()
+    if array.dtype.kind not in "iuf" or array.size == 0 or (array != array[0]).any():
+        return None
+    return int(array[0]) if np.isfinite(array[0]) and float(array[0]).is_integer() else None
+
+
+def _coordinates(xy: NDArray[Any], path: Path) -> NDArray[np.int64]:
+    """[N, 2] int64; floats are taken when they are whole numbers."""
+    good = (xy >= 0) & (xy < _MAX_XY0)
+    if xy.dtype.kind == "f":
+        good &= xy == np.floor(xy)
+    if not good.all():
+        row = int(np.flatnonzero(~good.all(axis=1))[0])
+        raise FeatureFileError(
+            f"{path}: tile {row} is at {xy[row].tolist()}, expected whole level-0 px (x, y) from 0 to {_MAX_XY0 - 1}: "
+            "extract the coordinates again"
+        )
+    return np.ascontiguousarray(xy, dtype=np.int64)
+
+
+def _finite(features: NDArray[Any], xy0: NDArray[np.int64], path: Path) -> NDArray[np.float32]:
+    """[N, D] f32, or the error that counts the tiles with NaN or infinity and names the first."""
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf and is refused
+        x = np.ascontiguousarray(features, dtype=np.float32)
+    blocks = range(0, len(x), _BLOCK)
+    bad = np.concatenate([~np.isfinite(x[i : i + _BLOCK]).all(axis=1) for i in blocks])
+    if bad.any():
+        first = int(np.argmax(bad))
+        raise FeatureFileError(
+            f"{path}: {int(bad.sum())} of {len(x)} tiles hold values that are not finite, first tile {first} at "
+            f"(x, y) = {tuple(xy0[first].tolist())}: extract them again in bf16 or fp32"
+        )
+    return x
+
+
+def _repeated_cells(xy0: NDArray[np.int64], size0: int) -> int:
+    """Tiles beyond the first in their grid cell (floor(x / size0), floor(y / size0))."""
+    cells = xy0 // size0
+    return len(cells) - len(np.unique((cells[:, 1] << 32) | cells[:, 0]))
+
+
+def _text(value: Any) -> str | bytes | None:
+    return value if isinstance(value, (str, bytes)) else None
+
+
+def write_tile_features(
+    path: str | os.PathLike[str],
+    features: TileFeatures,
+    *,
+    name: str = "",
+    size0: tuple[int, int] | None = None,
+    target_magnification: float | None = None,
+    level0_magnification: float | None = None,
+    patch_size: int = TILE_PX,
+    overlap: int = 0,
+) -> None:
+    """Write TRIDENT's layout: `features` [N, D] f32 and `coords` [N, 2] int64 with the attributes that TRIDENT sets.
+
+    name: the slide, without suffix; size0: (width, height) in level-0 px; what is not known is left out.
+    Provenance, order and grid travel as JSON in the file attribute `wsi_rt`. Atomic; same input, same bytes; with
+    checksums. Takes the size of the features once more in memory.
+
+    Raises: FeatureFileError (no tiles, values that are not finite), MissingDependencyError, InputError (disk).
+    """
+    grid, where = features.grid, Path(path)
+    if features.x.size == 0:
+        raise FeatureFileError(f"there are {len(grid)} tiles of {features.x.shape[1]} numbers to write to {where}")
+    _finite(features.x, grid.xy0, where)
+    width, height = size0 if size0 is not None else (None, None)
+    attributes = {
+        "patch_size": patch_size,
+        "patch_size_level0": grid.patch_size_level0,
+        "overlap": overlap,
+        "target_magnification": target_magnification,
+        "level0_magnification": level0_magnification,
+        "level0_width": width,
+        "level0_height": height,
+        "name": name or None,
+    }
+    image = _image(features, {k: v for k, v in attributes.items() if v is not None})
+    with atomic_write(where) as temporary:
+        temporary.write_bytes(image.getbuffer())
+
+
+def _image(features: TileFeatures, attributes: Mapping[str, Any]) -> io.BytesIO:
+    """The bytes of the file. In memory, since h5py 3.16 can die of SIGSEGV when a chunked file meets a full disk
+    (seen with RLIMIT_FSIZE, tests/runtime/features/test_atomic.py)."""
+    import h5py
+
+    x, grid, image = np.asarray(features.x, dtype=np.float32), features.grid, io.BytesIO()
+    tiler = json.loads(dump_stamp(grid.provenance))
+    stamp = dump_stamp(features.provenance, order=grid.order, cells=grid.cells, grid=tiler)
+    with h5py.File(image, "w") as root:
+        root.attrs[STAMP] = stamp.decode("ascii")
+        # Fletcher-32 sums (built into HDF5, so any reader has them) go with chunks: damage is seen on reading.
+        root.create_dataset("features", data=x, chunks=(min(len(x), _CHUNK), x.shape[1]), fletcher32=True)
+        coords = root.create_dataset("coords", data=grid.xy0, chunks=(min(len(x), _BLOCK), 2), fletcher32=True)
+        coords.attrs.update(attributes)
+    return image
