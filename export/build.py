@@ -67,12 +67,19 @@ class BuildPlan:
             "target": self.request.target,
             "precision": dict(self.precision),
             "toolchain": toolchain(),
+            "code": code_digest(),
             "isa": platform.machine(),
         }
 
 
 def toolchain() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in TOOLCHAIN}
+
+
+def code_digest() -> str:
+    """Of the code that builds: a bundle from other code is another build."""
+    root = Path(__file__).parent
+    return sha256_json({str(p.relative_to(root)): sha256_file(p) for p in sorted(root.rglob("*.py"))})
 
 
 def plan_build(request: BuildRequest) -> BuildPlan:

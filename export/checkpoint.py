@@ -145,7 +145,9 @@ def _slide_encoder(path: Path) -> Part:
     except (KeyError, ValueError, IndexError) as e:
         raise CheckpointError(f"{path}: not a LongNet slide encoder ({e} is missing or misshapen)") from e
     depth = 1 + max(int(m[1]) for m in (re.match(r"encoder\.layers\.(\d+)\.", n) for n in shapes) if m)
-    options = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in _SLIDE_OPTIONS}
+    options: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in _SLIDE_OPTIONS
+    }
     config = LongNetConfig(in_width, width, depth, ffn=ffn, norm_width=norm_width, **options)
     if config.width % config.heads or len(config.segment_lengths) != len(config.dilated_ratios):
         raise CheckpointError(

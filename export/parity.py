@@ -43,7 +43,7 @@ def reference_outputs(c: ComponentConfig, source: WeightSource, inputs: Arrays) 
     """What the fp32 torch module answers."""
     import torch
 
-    module = reference_model(c, source)
+    module: Any = reference_model(c, source)  # called, indexed: nn.Module's attributes are untyped
     tensors = {name: torch.from_numpy(x) for name, x in inputs.items()}
     with torch.inference_mode():
         if isinstance(c, LlamaConfig):

@@ -65,7 +65,8 @@ class GenerationSettings:
         known = {f.name for f in fields(cls)}
         unknown = set(data) - known
         _require(not unknown, "generation settings", sorted(unknown), f"only {sorted(known)}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return cls(**values)
 
 
 @dataclass(frozen=True)

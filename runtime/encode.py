@@ -27,7 +27,8 @@ OnProgress = Callable[[str, int, int], None]  # stage, done, total
 
 def input_kind(path: Path) -> Kind:
     """By suffix: `.pt` holds slide tokens, `.h5` tile features, anything else is a slide."""
-    return {".pt": "slide_tokens", ".h5": "tile_features", ".hdf5": "tile_features"}.get(path.suffix.lower(), "slide")
+    kinds: dict[str, Kind] = {".pt": "slide_tokens", ".h5": "tile_features", ".hdf5": "tile_features"}
+    return kinds.get(path.suffix.lower(), "slide")
 
 
 @dataclass(frozen=True)

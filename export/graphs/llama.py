@@ -98,7 +98,7 @@ class LlamaGraph:
         for part in ("key", "value"):
             name = f"past.{i}.{part}"
             if name not in self.shared:
-                dims = ["batch", self.c.kv_heads, "past", self.c.head_width]
+                dims: list[Any] = ["batch", self.c.kv_heads, "past", self.c.head_width]
                 self.shared[name] = self.b.input(name, FLOAT, dims)
         return self.shared[f"past.{i}.key"], self.shared[f"past.{i}.value"]
 

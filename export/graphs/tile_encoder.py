@@ -45,8 +45,8 @@ def _preprocess(b: GraphBuilder, c: ViTConfig, tiles: str) -> str:
         x = b.op("Slice", [tiles, b.constant([at, at]), b.constant([at + c.image_px] * 2), b.constant([1, 2])])
         x = b.op("Cast", [b.op("Transpose", [x], perm=[0, 3, 1, 2])], to=FLOAT)
         x = b.op("Div", [x, b.constant(255.0, np.float32)])
-        x = b.op("Sub", [x, b.weight("preprocess.mean", np.float32(c.mean).reshape(1, 3, 1, 1))])
-        return b.op("Div", [x, b.weight("preprocess.std", np.float32(c.std).reshape(1, 3, 1, 1))])
+        x = b.op("Sub", [x, b.weight("preprocess.mean", np.array(c.mean, np.float32).reshape(1, 3, 1, 1))])
+        return b.op("Div", [x, b.weight("preprocess.std", np.array(c.std, np.float32).reshape(1, 3, 1, 1))])
 
 
 def _embed(b: GraphBuilder, c: ViTConfig, source: WeightSource, x: str) -> str:

@@ -26,7 +26,6 @@ def build_llama(c: LlamaConfig) -> nn.Module:
             head_dim=c.head_width,
             max_position_embeddings=c.context,
             rms_norm_eps=c.rms_eps,
-            rope_theta=c.rope_theta,
             rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
             tie_word_embeddings=c.tied_embeddings,
             hidden_act="silu",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ def iter_tiles(
     batch_size: int,
     threads: int = 2,
     on_progress: Callable[[int, int], None] | None = None,
-) -> Iterator[TileBatch]:
+) -> Generator[TileBatch, None, None]:
     """Yield the grid's tiles as batches of u8 [B, 256, 256, 3], in grid order; the last may be smaller.
 
     Tiles are read ahead by `threads` threads while the caller works on a batch. Memory: the batch
@@ -51,7 +51,7 @@ def _iter_tiles(
     batch_size: int,
     threads: int,
     on_progress: Callable[[int, int], None] | None,
-) -> Iterator[TileBatch]:
+) -> Generator[TileBatch, None, None]:
     total = len(grid)
 
     def read(index: int) -> NDArray[np.uint8]:

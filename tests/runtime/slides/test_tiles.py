@@ -198,7 +198,9 @@ def test_read_ahead_is_bounded(array_slide: Make) -> None:
     batches.close()
 
 
-def test_close_does_not_read_the_rest(array_slide: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_close_does_not_read_the_rest(
+    array_slide: Make, monkeypatch: pytest.MonkeyPatch, reader_threads: Threads
+) -> None:
     reader = array_slide(np.zeros((256 * 4, 256 * 10, 3), np.uint8))
     quick, gate = reader._read, threading.Event()
 
@@ -212,7 +214,8 @@ def test_close_does_not_read_the_rest(array_slide: Make, monkeypatch: pytest.Mon
     batches = iter_tiles(reader, whole_grid(plan), plan, 1, threads=2)
     next(batches)
     threading.Timer(0.1, gate.set).start()
-    batches.close()
+    batches.close()  # returns once the reads in progress are over
+    assert reader_threads() == []
     assert reader.reads <= 3  # the first, and the two in progress; those queued behind were dropped
 
 

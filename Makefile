@@ -1,0 +1,60 @@
+# Everything happens in .venv; nothing outside the checkout is touched.
+#
+#   make install          the full set: export with timm, tests, checks
+#   make install CPU=1    the same without timm, with the CPU torch of constraints/cpu.txt
+#   make demo             build engines and ask a real slide (ARGS=--json for JSON)
+#   make test             the tests, in parallel
+#   make test-slow        the slow and full-size ones too
+#   make check            ruff, mypy
+
+PYTHON ?= python3
+CPU ?=
+ARGS ?=
+CONSTRAINTS := constraints/$(if $(CPU),cpu,full).txt
+EXTRAS := $(if $(CPU),export-cpu,export),dev
+BIN := .venv/bin
+ENGINES := out/nano
+SHARED_SLIDE := ../shared/data/slides/CMU-1-Small-Region.svs
+SYNTH_SLIDE := out/synth.svs
+QUESTION := What is the histological grade, and which features support it?
+
+.PHONY: install demo test test-slow check format clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml setup.py $(CONSTRAINTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
+	touch $@
+
+$(SYNTH_SLIDE): | .venv/installed
+	mkdir -p out
+	$(BIN)/wsi-rt synth-slide --out $@
+
+# The shared slide where the checkout has one beside it, else one the project writes itself.
+SLIDE := $(if $(wildcard $(SHARED_SLIDE)),$(SHARED_SLIDE),$(SYNTH_SLIDE))
+
+demo: .venv/installed $(if $(wildcard $(SHARED_SLIDE)),,$(SYNTH_SLIDE))
+	$(BIN)/wsi-rt build-engines --checkpoint 'synthetic:nano?seed=0' --out $(ENGINES) --force
+	$(BIN)/wsi-rt ask '$(SLIDE)' '$(QUESTION)' --engines $(ENGINES) --max-new-tokens 64 $(ARGS)
+
+test: .venv/installed
+	$(BIN)/pytest -n 2 -m 'not slow'
+
+test-slow: .venv/installed
+	$(BIN)/pytest -n 2
+
+check: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	mkdir -p .types/wsi_rt
+	for folder in export runtime kernels benchmarks; do ln -sfn ../../$$folder .types/wsi_rt/$$folder; done
+	MYPYPATH=.types $(BIN)/mypy --namespace-packages --explicit-package-bases \
+		-p wsi_rt.kernels -p wsi_rt.runtime -p wsi_rt.export
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .types out build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
