@@ -8,9 +8,10 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from wsi_rt.export.arch import LlamaConfig, parameter_count
+from wsi_rt.export.arch import LlamaConfig, config_json, parameter_count
 from wsi_rt.export.checkpoint import Checkpoint, Part, Sources, resolve
 from wsi_rt.export.component import build_component
 from wsi_rt.export.precision import parse_precision
@@ -49,6 +50,7 @@ class BuildPlan:
     checkpoint: Checkpoint
     precision: Mapping[str, str]
     threads: int
+    tokenizer: Mapping[str, Any]  # what its conversion gives; empty without a language model
 
     def steps(self) -> int:
         return 4 * len(self.checkpoint.parts) + 1
@@ -63,7 +65,8 @@ class BuildPlan:
         """What decides the bundle's contents; equal plans give equal bundles."""
         return {
             "source": self.checkpoint.digest,
-            "tokenizer": str(self.checkpoint.tokenizer),
+            "config": {name: config_json(part.config) for name, part in self.checkpoint.parts.items()},
+            "tokenizer": dict(self.tokenizer),
             "target": self.request.target,
             "precision": dict(self.precision),
             "toolchain": toolchain(),
@@ -94,7 +97,9 @@ def plan_build(request: BuildRequest) -> BuildPlan:
     parts = {n: p for n, p in checkpoint.parts.items() if n in wanted}
     precision = {n: p for n, p in parse_precision(request.precision).items() if n in parts}
     checkpoint = replace(checkpoint, parts=parts)
-    return BuildPlan(request, checkpoint, precision, resolve_threads(request.threads))
+    with TemporaryDirectory() as aside:  # a tokenizer that does not fit is refused before hours of building
+        tokenizer = _write_tokenizer(checkpoint, Path(aside)) if "llm" in parts else {}
+    return BuildPlan(request, checkpoint, precision, resolve_threads(request.threads), tokenizer)
 
 
 def is_up_to_date(plan: BuildPlan) -> bool:
@@ -127,7 +132,7 @@ def build_engines(plan: BuildPlan, on_step: OnStep = lambda _: None) -> m.Manife
     with staged_directory(out) as work:
         components = {name: _build_one(plan, name, part, work, on_step) for name, part in plan.checkpoint.parts.items()}
         on_step("tokenizer and manifest")
-        tokenizer = _write_tokenizer(plan, work) if "llm" in components else {}
+        tokenizer = _write_tokenizer(plan.checkpoint, work / "tokenizer") if "llm" in components else {}
         manifest = _manifest(plan, components, tokenizer, work)
         write_json(work / m.FILE_NAME, manifest.to_json())
         write_stamp(work, manifest)
@@ -151,19 +156,19 @@ def _check_space(plan: BuildPlan) -> None:
         )
 
 
-def _write_tokenizer(plan: BuildPlan, work: Path) -> dict[str, Any]:
+def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
     from wsi_rt.export.tokenizer import synthetic_tokenizer, write_tokenizer
 
-    llm = plan.checkpoint.parts["llm"].config
+    llm = checkpoint.parts["llm"].config
     if not isinstance(llm, LlamaConfig):
         raise TypeError(f"llm is a {type(llm).__name__}")
-    if plan.checkpoint.tokenizer is None:
-        config = synthetic_tokenizer(work / "tokenizer", llm.vocab)
+    if checkpoint.tokenizer is None:
+        config = synthetic_tokenizer(folder, llm.vocab)
     else:
-        config = write_tokenizer(plan.checkpoint.tokenizer, work / "tokenizer")
+        config = write_tokenizer(checkpoint.tokenizer, folder)
     if config["vocab_size"] > llm.vocab:
         raise InputError(
-            f"{plan.checkpoint.tokenizer}: a tokenizer of {config['vocab_size']} tokens for a language model of "
+            f"{checkpoint.tokenizer}: a tokenizer of {config['vocab_size']} tokens for a language model of "
             f"{llm.vocab}; give the matching one with --tokenizer"
         )
     return config

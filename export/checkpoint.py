@@ -15,6 +15,8 @@ from wsi_rt.export.presets import PRESETS
 from wsi_rt.export.synthetic import SyntheticSource
 from wsi_rt.export.timm_vit import load_timm_directory
 from wsi_rt.export.weights import Overlay, Renamed, SafetensorsSource, WeightSource, check_tensors
+from wsi_rt.kernels.dilated_attention import check_branches
+from wsi_rt.kernels.errors import KernelInputError
 from wsi_rt.runtime.errors import CheckpointError
 from wsi_rt.runtime.hashing import sha256_json
 
@@ -116,7 +118,7 @@ def _synthetic(word: str, component: str) -> Part:
     preset, _, query = word.removeprefix("synthetic:").partition("?")
     options = dict(parse_qsl(query, keep_blank_values=True))
     seed = options.pop("seed", "0")
-    if preset not in PRESETS or options or not re.fullmatch(r"\d{1,18}", seed):
+    if preset not in PRESETS or options or not re.fullmatch(r"[0-9]{1,18}", seed):
         raise CheckpointError(
             f"{word!r}: expected synthetic:<preset>?seed=N with preset {' or '.join(PRESETS)} and N a whole number"
         )
@@ -149,7 +151,12 @@ def _slide_encoder(path: Path) -> Part:
         k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in _SLIDE_OPTIONS
     }
     config = LongNetConfig(in_width, width, depth, ffn=ffn, norm_width=norm_width, **options)
-    if config.width % config.heads or len(config.segment_lengths) != len(config.dilated_ratios):
+    try:
+        check_branches(config.segment_lengths, config.dilated_ratios)
+        fits = width % config.heads == 0
+    except (KernelInputError, TypeError, ZeroDivisionError):
+        fits = False
+    if not fits:
         raise CheckpointError(
             f"{path}: width {width} with {config.heads} heads, segments {config.segment_lengths} with ratios "
             f"{config.dilated_ratios}: do not fit; correct config.json"
@@ -201,12 +208,13 @@ def _llm_name(name: str) -> str | None:
 
 def projector_config(source: WeightSource) -> ProjectorConfig:
     """From the weights' shapes; a config's mm_hidden_size is wrong in some releases (SPEC 4)."""
-    shapes = {n: s for n, s in source.shapes().items() if n.endswith(".weight") and len(s) == 2}
-    if not shapes:
-        raise CheckpointError(f"{source.label}: no model.mm_projector.*.weight, expected a linear or mlp projector")
-    order = sorted(shapes, key=lambda n: int(m[1]) if (m := re.search(r"\.(\d+)\.weight$", n)) else 0)
-    widths = [shapes[order[0]][1], *(shapes[n][0] for n in order)]
-    return ProjectorConfig(tuple(widths))
+    shapes = source.shapes()
+    layers = sorted({int(m[1]) for n in shapes if (m := re.search(r"\.(\d+)\.(?:weight|bias)$", n))})
+    weights = [f"model.mm_projector.{i}.weight" for i in layers] or ["model.mm_projector.weight"]
+    missing = [n for n in weights if len(shapes.get(n, ())) != 2]
+    if missing:
+        raise CheckpointError(f"{source.label}: no {missing[0]} of a linear or mlp projector (missing or misshapen)")
+    return ProjectorConfig((shapes[weights[0]][1], *(shapes[n][0] for n in weights)))
 
 
 def llama_config(data: Mapping[str, Any], label: str) -> LlamaConfig:
@@ -214,9 +222,12 @@ def llama_config(data: Mapping[str, Any], label: str) -> LlamaConfig:
     kind = data.get("model_type")
     if kind not in {"llama", "llava", "llava_llama"}:
         raise CheckpointError(f"{label}: language model {kind!r} is not supported, expected llama (or llava over it)")
-    rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
+    rope_name = "rope_parameters" if data.get("rope_parameters") else "rope_scaling"
+    rope = data.get(rope_name) or {}
+    if not isinstance(rope, dict):
+        raise CheckpointError(f"{label}: {rope_name} = {rope!r} in config.json is not an object")
     refused = {
-        "rope_scaling": rope.get("rope_type", rope.get("type", "default")) != "default",
+        rope_name: rope.get("rope_type", rope.get("type", "default")) != "default",
         "attention_bias": data.get("attention_bias", False),
         "mlp_bias": data.get("mlp_bias", False),
         "hidden_act": data.get("hidden_act", "silu") != "silu",
@@ -227,12 +238,18 @@ def llama_config(data: Mapping[str, Any], label: str) -> LlamaConfig:
         raise CheckpointError(f"{label}: {', '.join(names)} in config.json is not supported")
     try:
         heads = int(data["num_attention_heads"])
+        kv_heads = int(data.get("num_key_value_heads") or heads)
+        head_width = int(data.get("head_dim") or int(data["hidden_size"]) // heads)
+        if heads % kv_heads:
+            raise ValueError(f"num_key_value_heads: {kv_heads} for {heads} heads")
+        if head_width < 1 or head_width % 16:  # onnxruntime's GroupQueryAttention
+            raise ValueError(f"head_dim: {head_width}, expected a multiple of 16")
         return LlamaConfig(
             hidden=int(data["hidden_size"]),
             layers=int(data["num_hidden_layers"]),
             heads=heads,
-            kv_heads=int(data.get("num_key_value_heads") or heads),
-            head_width=int(data.get("head_dim") or int(data["hidden_size"]) // heads),
+            kv_heads=kv_heads,
+            head_width=head_width,
             ffn=int(data["intermediate_size"]),
             vocab=int(data["vocab_size"]),
             context=int(data["max_position_embeddings"]),
@@ -240,7 +257,7 @@ def llama_config(data: Mapping[str, Any], label: str) -> LlamaConfig:
             rope_theta=float(rope.get("rope_theta", data.get("rope_theta", 10000.0))),
             tied_embeddings=bool(data.get("tie_word_embeddings", False)),
         )
-    except (KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as e:
         raise CheckpointError(f"{label}: config.json lacks or garbles {e}") from e
 
 

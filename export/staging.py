@@ -12,7 +12,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from wsi_rt.runtime.errors import InputError, MissingDependencyError
@@ -25,10 +25,12 @@ def staged_directory(target: Path) -> Iterator[Path]:
     """Yields an empty directory that becomes `target` when the block ends without an exception.
 
     An existing `target` is replaced in one step. On any exception, KeyboardInterrupt included, the
-    workplace is removed and `target` is as it was. Raises InputError when another process is building
-    the same target, MissingDependencyError when the disk is full or the place not writable.
+    workplace and the folders made for it are removed, and `target` is as it was. Raises InputError when
+    another process is building the same target, MissingDependencyError when the disk is full or the place
+    not writable.
     """
     work = target.parent / f".{target.name}.building"
+    created = [p for p in (target.parent, *target.parent.parents) if not p.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = _lock(work, target)
@@ -41,7 +43,11 @@ def staged_directory(target: Path) -> Iterator[Path]:
     except OSError as e:
         raise _plain(e, target) from e
     finally:
-        shutil.rmtree(work, ignore_errors=True)  # after a swap this is the replaced bundle
+        if _is_at(lock, work):  # after a swap that path is free, or another build's
+            shutil.rmtree(work, ignore_errors=True)
+            for folder in created:
+                with suppress(OSError):
+                    folder.rmdir()
         os.close(lock)
 
 
@@ -52,14 +58,20 @@ def _lock(work: Path, target: Path) -> int:
         fd = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(fd), os.stat(work)):
+            if _is_at(fd, work):
                 return fd
         except BlockingIOError:
             os.close(fd)
             raise InputError(f"{target}: another build is writing it; wait for it or choose another --out") from None
-        except FileNotFoundError:
-            pass
         os.close(fd)
+
+
+def _is_at(fd: int, path: Path) -> bool:
+    """Whether the open directory still stands under this path."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _clear(work: Path) -> None:
@@ -76,8 +88,14 @@ def _swap_in(work: Path, target: Path) -> None:
         return
     libc = ctypes.CDLL(None, use_errno=True)
     exchange = getattr(libc, "renameat2", None)
-    if exchange and exchange(_AT_FDCWD, bytes(work), _AT_FDCWD, bytes(target), _RENAME_EXCHANGE) == 0:
-        return
+    old = _lock(target, target)  # it becomes the workplace: no other build may take it before it is gone
+    try:
+        if exchange and exchange(_AT_FDCWD, bytes(work), _AT_FDCWD, bytes(target), _RENAME_EXCHANGE) == 0:
+            return
+    finally:
+        if _is_at(old, work):
+            shutil.rmtree(work, ignore_errors=True)
+        os.close(old)
     # No atomic exchange on this file system or libc: the old bundle steps aside first.
     aside = target.parent / f".{target.name}.old"
     shutil.rmtree(aside, ignore_errors=True)

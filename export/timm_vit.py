@@ -34,15 +34,18 @@ def load_timm_directory(path: Path) -> tuple[ViTConfig, WeightSource]:
     config_path = path / "config.json"
     try:
         data = json.loads(config_path.read_text())
-        name, args = data["architecture"], dict(data.get("model_args") or {})
-        pretrained = dict(data.get("pretrained_cfg") or {})
+        name, args = str(data["architecture"]), dict(data.get("model_args") or {})
+        pretrained = dict(data.get("pretrained_cfg") or data)  # older files are one flat object
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise CheckpointError(
             f"{config_path}: not a timm config ({e!r}), expected a JSON object with `architecture`"
         ) from e
     if "img_size" not in args and pretrained.get("input_size"):
         args["img_size"] = pretrained["input_size"][-1]
-    config = _known(name, args, pretrained) if name in _KNOWN else _from_timm(name, args, pretrained)
+    try:
+        config = _known(name, args, pretrained) if name in _KNOWN else _from_timm(name, args, pretrained)
+    except (TypeError, ValueError) as e:
+        raise CheckpointError(f"{config_path}: model_args {args} are garbled ({e})") from e
     if config.image_px > TILE_PX:
         raise CheckpointError(
             f"{path}: {name} takes {config.image_px} px, tiles are {TILE_PX} px; set model_args.img_size to 224 "
@@ -69,14 +72,16 @@ def _known(name: str, args: dict[str, Any], pretrained: dict[str, Any]) -> ViTCo
         "init_values",
         "reg_tokens",
         "no_embed_class",
+        "in_chans",
         "num_classes",
         "global_pool",
         "dynamic_img_size",
         "pretrained",
     }
-    unknown = sorted(set(args) - allowed)
-    if unknown or args.get("global_pool", "token") != "token":
-        raise CheckpointError(f"{name}: model_args {unknown or ['global_pool']} are not supported")
+    fixed = {"global_pool": "token", "in_chans": 3}
+    unknown = sorted(n for n, v in args.items() if n not in allowed or fixed.get(n, v) != v)
+    if unknown:
+        raise CheckpointError(f"{name}: model_args {', '.join(f'{n}={args[n]!r}' for n in unknown)} are not supported")
     a |= args
     hidden = int(a["embed_dim"] * a["mlp_ratio"])
     return ViTConfig(
@@ -156,6 +161,8 @@ def _refuse_unsupported(model: Any, name: str) -> None:
         refuse(f"MLP {type(block.mlp).__name__}")
     if model.global_pool not in {"token", "avg"} or model.attn_pool is not None or model.pool_include_prefix:
         refuse(f"pooling {model.global_pool!r}")
+    if type(model.patch_embed).__name__ != "PatchEmbed":
+        refuse(f"patch embedding {type(model.patch_embed).__name__}")
     if model.pos_embed is None or type(model.patch_embed.norm).__name__ != "Identity":
         refuse("a patch embedding without learned positions or with its own norm")
     for module in model.modules():

@@ -135,8 +135,8 @@ class SafetensorsSource(WeightSource):
 
 def _shards(index: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        names = sorted({str(n) for n in json.loads(index.read_text())["weight_map"].values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{index}: not a shard index ({e}), expected a JSON object with `weight_map`") from e
     missing = [n for n in names if not (index.parent / n).is_file()]
     if missing:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import click
@@ -41,10 +43,16 @@ SLIDE = options(
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.version_option(package_name="wsi-rt")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Compiled inference for WSI-LLaVA: questions about gigapixel pathology slides. Research use only."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help(), err=True)
+        context.exit(2)
 
 
 @cli.command("build-engines")
@@ -157,7 +165,7 @@ def ask(source: Path, question: str, engines: Path, threads: int | None, as_json
 @click.option("--mpp", type=float, default=0.5, show_default=True, help="um/px.")
 @click.option("--tissue", type=float, default=0.3, show_default=True, help="Share of the area.")
 @click.option("--compression", default="jpeg", show_default=True, help="jpeg, jpeg2000, deflate or none.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 def synth_slide(out: Path, **flags: Any) -> None:
     """Write a deterministic, H&E-like pyramidal slide (no patient data) for trials and benchmarks."""
     from wsi_rt.runtime import commands
@@ -167,8 +175,20 @@ def synth_slide(out: Path, **flags: Any) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command; every expected error is one line on stderr and an exit code (see `errors`)."""
-    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    for number in _INTERRUPTS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # ignored under nohup and in background jobs: stays so
+            signal.signal(number, _interrupt)
     sys.exit(run(argv))
+
+
+_INTERRUPTS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    """Stop once: a second Ctrl-C would interrupt the clean-up, and leave half a bundle."""
+    for number in _INTERRUPTS:
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def run(argv: list[str] | None = None) -> int:
@@ -176,9 +196,14 @@ def run(argv: list[str] | None = None) -> int:
     from wsi_rt.kernels.errors import KernelInputError
 
     try:
-        code = cli.main(argv, prog_name="wsi-rt", standalone_mode=False)
-        sys.stdout.flush()
-        return code if isinstance(code, int) else 0
+        # Not cli.main(): it answers Ctrl-C with an empty line of its own.
+        with cli.make_context("wsi-rt", sys.argv[1:] if argv is None else list(argv)) as context:
+            cli.invoke(context)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return 0
+    except click.exceptions.Exit as e:  # --help, --version
+        return e.exit_code
     except click.UsageError as e:
         command = e.ctx.command_path if e.ctx else "wsi-rt"
         return _fail(2, f"{e.format_message().rstrip('.')}; see {command} --help")
@@ -189,14 +214,27 @@ def run(argv: list[str] | None = None) -> int:
     except KernelInputError as e:
         return _fail(2, str(e))
     except (KeyboardInterrupt, click.Abort):
+        if sys.stderr is not None and sys.stderr.isatty():
+            click.echo(err=True)  # past "^C", or the answer so far
         return _fail(130, "interrupted; nothing half-written is left behind")
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: no second error at exit
+        _discard_output()  # the reader left, and knows
         return 1
+    except OSError as e:
+        if e.filename is None:  # stdout or stderr: /dev/full, a closed terminal
+            _discard_output()
+        return _fail(3, f"{e.filename or 'the output'}: {e.strerror or e}")
+
+
+def _discard_output() -> None:
+    """What stdout still holds goes nowhere, instead of failing a second time at exit."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(code: int, message: str) -> int:
-    click.echo(f"wsi-rt: {' '.join(message.split())}", err=True)
+    with contextlib.suppress(OSError):  # stderr on a full disk: the exit code still tells
+        click.echo(f"wsi-rt: {' '.join(message.split())}", err=True)
     return code
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,8 @@ def inspect(engines: Path, as_json: bool) -> None:
     for name, c in manifest.components.items():
         size = sum(f.size for path, f in manifest.files.items() if path.startswith(f"{name}/"))
         ins, outs = (
-            ", ".join(f"{s.name} {s.dtype}{list(s.dims)}" for s in specs[:4]) for specs in (c.inputs, c.outputs)
+            ", ".join(f"{s.name} {s.dtype} [{', '.join(map(str, s.dims))}]" for s in specs[:4])
+            for specs in (c.inputs, c.outputs)
         )
         click.echo(f"\n{name}  {c.precision}  {size / 1e6:.1f} MB  sha256 {c.digest[:16]}")
         click.echo(f"  in   {ins}{' ...' if len(c.inputs) > 4 else ''}")
@@ -123,19 +125,16 @@ def encode(
 
     settings = SlideSettings(**slide)
     for out in outs:
-        if out.suffix not in {".h5", ".pt"}:
+        if out.suffix.lower() not in {".h5", ".pt"}:
             raise InputError(f"--out is {out}, expected a name ending in .h5 (tile features) or .pt (slide tokens)")
-        if out.suffix == ".h5" and input_kind(source) == "slide_tokens":
+        if out.suffix.lower() == ".h5" and input_kind(source) == "slide_tokens":
             raise InputError(f"{source} holds slide tokens: no tile features can be made from it for {out}")
-        if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
-            raise InputError(
-                f"--out is {out}: {out.parent} is no writable folder; make it first: mkdir -p {out.parent}"
-            )
+        _require_place(out)
     with Pipeline.open(engines, threads) as pipeline, Progress() as progress:
-        wants_tokens = any(out.suffix == ".pt" for out in outs)
+        wants_tokens = any(out.suffix.lower() == ".pt" for out in outs)
         encoded = pipeline.encode(source, settings, tokens=wants_tokens, on_progress=progress.update)
     for out in outs:
-        if out.suffix == ".pt" and encoded.tokens is not None:
+        if out.suffix.lower() == ".pt" and encoded.tokens is not None:
             write_slide_tokens(out, encoded.tokens)
         elif encoded.features is not None:
             size0 = encoded.slide.size0 if encoded.slide else None
@@ -150,6 +149,17 @@ def encode(
         click.echo(str(out))
 
 
+def _require_place(out: Path) -> None:
+    """Refuse a place that cannot be written before the long work, not after. A device is not a place: as root,
+    the rename that puts a finished file there would replace /dev/null for everyone."""
+    if out.exists() and not out.is_file():
+        raise InputError(f"--out is {out}, which is no regular file; expected the path of a file to write")
+    if not out.parent.is_dir():
+        raise InputError(f"--out is {out}: there is no folder {out.parent}; make it first: mkdir -p {out.parent}")
+    if not os.access(out.parent, os.W_OK):
+        raise MissingDependencyError(f"--out is {out}: {out.parent} is not writable; choose another folder")
+
+
 def ask(
     source: Path, question: str, engines: Path, threads: int | None, as_json: bool, flags: Mapping[str, Any]
 ) -> None:
@@ -162,7 +172,7 @@ def ask(
 
         def stream(text: str) -> None:
             progress.close()
-            click.echo(text, nl=False)
+            click.echo(_for_terminal(text), nl=False)
 
         answer = pipeline.ask(
             source, question, settings, slide, on_text=None if as_json else stream, on_progress=progress.update
@@ -180,13 +190,21 @@ def ask(
         click.echo("note: these engines hold synthetic weights; the answer has no meaning", err=True)
 
 
-def _show(tiles: Mapping[str, int | None], timings_ms: Mapping[str, float], notes: tuple[str, ...]) -> None:
+def _for_terminal(text: str) -> str:
+    """A model may write control characters; a terminal would obey them, a file or pipe gets them as they are."""
+    if sys.stdout is None or not sys.stdout.isatty():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+def _show(tiles: Mapping[str, int | None], timings_ms: Mapping[str, float], notes: Sequence[str]) -> None:
     """Tiles, stage timings and notes, on stderr."""
     if tiles["kept"] is not None:
         distinct = f", {tiles['distinct_tokens']} distinct slide tokens" if tiles["distinct_tokens"] else ""
         click.echo(f"tiles: {tiles['kept']} kept of {tiles['grid']}{distinct}", err=True)
-    stages = ", ".join(f"{stage} {ms:.0f}" for stage, ms in timings_ms.items())
-    click.echo(f"ms: {stages or 'none'}", err=True)
+    ran = [f"{stage} {ms:.0f}" for stage, ms in timings_ms.items() if ms]
+    if ran:
+        click.echo(f"ms: {', '.join(ran)}", err=True)
     for note in notes:
         click.echo(f"note: {note}", err=True)
 
@@ -194,6 +212,7 @@ def _show(tiles: Mapping[str, int | None], timings_ms: Mapping[str, float], note
 def synth_slide(out: Path, flags: Mapping[str, Any]) -> None:
     from wsi_rt.runtime.slides import write_synth_slide
 
+    _require_place(out)
     with Progress() as progress:
         write_synth_slide(out, **flags, on_progress=lambda done, total: progress.update("write slide", done, total))
     click.echo(str(out))

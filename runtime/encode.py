@@ -31,6 +31,17 @@ def input_kind(path: Path) -> Kind:
     return kinds.get(path.suffix.lower(), "slide")
 
 
+def ignored_settings(kind: Kind, settings: SlideSettings) -> tuple[str, ...]:
+    """A note naming the settings that were chosen but have nothing to act on in a file of features or tokens."""
+    if kind == "slide":
+        return ()
+    chosen = {k: v for k, v in settings.to_json().items() if v != getattr(SlideSettings, k)}
+    if kind == "tile_features":
+        chosen.pop("position_tile", None)  # acts on the slide encoder
+    flags = ", ".join(f"--{k.replace('_', '-')}" for k in chosen)
+    return (f"{flags} given, but the file holds {kind.replace('_', ' ')} already: no effect",) if chosen else ()
+
+
 @dataclass(frozen=True)
 class Encoded:
     """What the encoders made of one input. `tokens` is None when only tile features were wanted;
@@ -107,7 +118,8 @@ def encode_tokens(encoded: Encoded, position_tile: int | None, encoder: Engine, 
     made_by = Provenance("slide_encoder", encoder.manifest.digest, settings)
     notes = encoded.notes
     if distinct < POOLED_TOKENS:
-        notes += (f"{distinct} tiles fill {POOLED_TOKENS} slide tokens: some tokens repeat",)
+        tiles = "1 tile fills" if distinct == 1 else f"{distinct} tiles fill"
+        notes += (f"{tiles} {POOLED_TOKENS} slide tokens: some tokens repeat",)
     return replace(
         encoded,
         tokens=SlideTokens(out, made_by, distinct),

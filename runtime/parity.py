@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,7 +78,7 @@ def load_check(root: Path, manifest: EngineManifest) -> tuple[dict[str, NDArray[
     try:
         with np.load(root / manifest.check, allow_pickle=False) as data:
             arrays = {name: data[name] for name in data.files}
-    except (OSError, ValueError, KeyError) as e:
+    except (OSError, EOFError, ValueError, KeyError, BadZipFile) as e:
         raise EngineMismatchError(f"{root / manifest.check}: not readable ({e}); rebuild the bundle") from e
     parts = ({k.removeprefix(p): v for k, v in arrays.items() if k.startswith(p)} for p in (INPUT, OUTPUT))
     inputs, outputs = parts

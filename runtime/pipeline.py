@@ -16,6 +16,7 @@ from wsi_rt.runtime.encode import (
     OnProgress,
     encode_tiles,
     encode_tokens,
+    ignored_settings,
     input_kind,
     load_tiles,
     load_tokens,
@@ -80,13 +81,14 @@ class Pipeline:
         path, settings, clock = Path(source), settings or SlideSettings(), Stopwatch()
         kind = input_kind(path)
         if kind != "slide" and not path.is_file():
-            raise FeatureFileError(
-                f"{path}: no such file, expected a slide, an .h5 of tile features or a .pt of tokens"
-            )
+            what = "not a regular file" if path.exists() else "no such file"
+            raise FeatureFileError(f"{path}: {what}, expected a slide, an .h5 of tile features or a .pt of tokens")
         if kind == "slide_tokens":
-            return load_tokens(path, *self._token_widths())
+            encoded = load_tokens(path, *self._token_widths())
+            return replace(encoded, notes=(*ignored_settings(kind, settings), *encoded.notes))
         if kind == "tile_features":
             encoded = load_tiles(path)
+            encoded = replace(encoded, notes=(*ignored_settings(kind, settings), *encoded.notes))
         else:
             encoder = self._engine("tile_encoder")
             encoded = encode_tiles(path, settings, encoder, self.bundle.threads, clock, on_progress)

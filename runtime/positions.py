@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from wsi_rt.kernels.slide_embed import GRID
 from wsi_rt.runtime.errors import InputError
 from wsi_rt.runtime.types import TileGrid
-
-GRID = 1000  # rows and columns that the published position index can tell apart
 
 
 def grid_positions(grid: TileGrid, position_tile: int | None = None) -> NDArray[np.int64]:

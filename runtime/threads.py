@@ -31,9 +31,14 @@ def _cgroup_quota(root: Path) -> float | None:
 
 
 def resolve_threads(threads: int | None) -> int:
-    """The thread budget: what was asked for, or every usable CPU. Raises InputError below 1."""
+    """The thread budget: what was asked for, or every usable CPU.
+
+    Raises InputError below 1, or far beyond the CPUs there are: onnxruntime's threads spin, so 64 on two CPUs
+    are 10 times slower than 2, and 100,000 take all memory before they start.
+    """
     if threads is None:
         return usable_cpus()
-    if threads < 1:
-        raise InputError(f"--threads is {threads}, expected 1 or more")
+    most = max(16, os.cpu_count() or 1)
+    if not 1 <= threads <= most:
+        raise InputError(f"--threads is {threads}, expected 1 to {most}")
     return threads

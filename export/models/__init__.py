@@ -18,10 +18,12 @@ def reference_model(config: ComponentConfig, source: WeightSource) -> nn.Module:
     with torch.device("meta"):
         module = _module(config)
     tensors = {name: torch.from_numpy(source.get(name)) for name in config.tensors()}
-    if isinstance(config, LlamaConfig):  # rotary tables are buffers: build them on the CPU
-        module = _module(config)
+    if isinstance(config, LlamaConfig):
+        from wsi_rt.export.models.llama import finish_llama
+
         if config.tied_embeddings:
             tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+        finish_llama(module)
     module.load_state_dict(tensors, assign=True, strict=True)
     return module.eval().requires_grad_(False)
 

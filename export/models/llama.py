@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wsi_rt.export.arch import LlamaConfig
 
@@ -31,3 +31,8 @@ def build_llama(c: LlamaConfig) -> nn.Module:
             hidden_act="silu",
         )
     )
+
+
+def finish_llama(module: Any) -> None:
+    """Put the rotary frequencies, buffers that no checkpoint holds, on the CPU after a meta-device build."""
+    module.model.rotary_emb = type(module.model.rotary_emb)(config=module.config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..errors import KernelInputError
+from wsi_rt.kernels.errors import KernelInputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +18,7 @@ def dilated_attention(
 
     Raises KernelInputError on shapes or branch lists that do not fit. Source: SPEC 3, LongNet.
     """
-    from .reference import dilated_attention_reference
+    from wsi_rt.kernels.dilated_attention.reference import dilated_attention_reference
 
     check_branches(segment_lengths, dilated_ratios)
     shapes = [tuple(x.shape) for x in (q, k, v)]

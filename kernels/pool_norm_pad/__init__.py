@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..errors import KernelInputError
+from wsi_rt.kernels.errors import KernelInputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,7 +16,7 @@ def pool_norm_pad(tokens: Tensor, weight: Tensor, bias: Tensor, eps: float, pool
     The width of `weight` decides the order (C: norm then pad; `padded`: pad then norm).
     Raises KernelInputError on any other width. Source: SPEC 3.
     """
-    from .reference import pool_norm_pad_reference
+    from wsi_rt.kernels.pool_norm_pad.reference import pool_norm_pad_reference
 
     if tokens.ndim != 2 or tokens.shape[0] < 1:
         raise KernelInputError(f"tokens are {list(tokens.shape)}, expected [N >= 1, C]")

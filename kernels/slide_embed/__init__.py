@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..errors import KernelInputError
+from wsi_rt.kernels.errors import KernelInputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +18,7 @@ def slide_embed(projected: Tensor, positions: Tensor, bias: Tensor, cls_token: T
     Raises KernelInputError on shapes that do not fit or positions outside the 1000 x 1000 grid
     (the published index would alias them silently). Source: SPEC 3.
     """
-    from .reference import slide_embed_reference
+    from wsi_rt.kernels.slide_embed.reference import slide_embed_reference
 
     if projected.ndim != 2 or positions.shape != (projected.shape[0], 2):
         raise KernelInputError(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from wsi_rt.runtime.engines.base import Array, Engine
-from wsi_rt.runtime.errors import EngineMismatchError, MissingDependencyError, WsiRtError
+from wsi_rt.runtime.errors import EngineMismatchError, InputError, MissingDependencyError, WsiRtError
 from wsi_rt.runtime.manifest import EngineManifest
 
 if TYPE_CHECKING:
@@ -68,8 +68,9 @@ class OrtEngine(Engine):
         for name, x in contiguous.items():
             binding.bind_input(name, "cpu", 0, x.dtype, x.shape, x.ctypes.data)
         for name, x in outputs.items():
-            if not x.flags.c_contiguous:
-                raise ValueError(f"output `{name}` is not contiguous")
+            if not (x.flags.c_contiguous and x.flags.writeable):
+                what = "read-only" if x.flags.c_contiguous else "not contiguous"
+                raise InputError(f"{self.manifest.name}: `{name}` is {what}, expected memory to fill in place")
             binding.bind_output(name, "cpu", 0, x.dtype, x.shape, x.ctypes.data)
         self._session.run_with_iobinding(binding)
         return dict(outputs)

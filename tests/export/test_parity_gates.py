@@ -1,0 +1,211 @@
+"""Gates bite: an engine with a part left out or shuffled is refused, and nothing of it is installed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="the export extra is not installed")
+pytest.importorskip("onnx", reason="the export extra is not installed")
+pytest.importorskip("transformers", reason="the export extra is not installed")
+
+from wsi_rt.export import component  # noqa: E402
+from wsi_rt.export.arch import LlamaConfig, LongNetConfig, ProjectorConfig  # noqa: E402
+from wsi_rt.export.build import BuildRequest, build_engines, plan_build  # noqa: E402
+from wsi_rt.export.checkpoint import Part, Sources  # noqa: E402
+from wsi_rt.export.component import build_component  # noqa: E402
+from wsi_rt.export.parity import check_inputs, reference_outputs, write_check  # noqa: E402
+from wsi_rt.export.presets import NANO  # noqa: E402
+from wsi_rt.export.synthetic import SyntheticSource  # noqa: E402
+from wsi_rt.runtime.errors import EngineMismatchError, ParityError  # noqa: E402
+from wsi_rt.runtime.parity import GATES, Gate, Parity, check_component, compare, load_check, require  # noqa: E402
+
+# As deep as the published models (LongNet half as deep): one layer is the smallest share it can be. Narrow: quick.
+VIT = replace(NANO.tile_encoder, width=32, depth=40, heads=2, mlp_hidden=48)
+LONGNET = LongNetConfig(in_width=32, width=64, depth=6, heads=16, ffn=128, norm_width=64, padded=64)
+LLAMA = LlamaConfig(hidden=64, layers=32, heads=4, kv_heads=2, head_width=16, ffn=96, vocab=256, context=64)
+PROJECTOR = ProjectorConfig((96, 48, 32))
+
+
+def zeroed(source, *suffixes: str) -> dict[str, np.ndarray]:
+    """The tensors that end so, as zeros: a block whose outputs are zero adds nothing, as if it were left out."""
+    names = [n for n in source.shapes() if n.endswith(suffixes)]
+    assert len(names) == len(suffixes)
+    return {n: np.zeros(source.shapes()[n], np.float32) for n in names}
+
+
+def swapped_heads(source, name: str, heads: int, axis: int) -> dict[str, np.ndarray]:
+    """The last two heads of a projection's outputs (axis 0) or inputs (axis 1) change places."""
+    x = source.get(name)
+    order = np.arange(x.shape[axis]).reshape(heads, -1)
+    order[[-2, -1]] = order[[-1, -2]]
+    return {name: np.take(x, order.reshape(-1), axis=axis)}
+
+
+def damages():
+    v, s, m = (SyntheticSource(c, "test", 1) for c in (VIT, LONGNET, LLAMA))
+    yield "vit-no-block", VIT, zeroed(v, *(f"blocks.20.{t}" for t in ("ls1.gamma", "ls2.gamma")))
+    yield "vit-no-last-block", VIT, zeroed(v, *(f"blocks.39.{t}" for t in ("ls1.gamma", "ls2.gamma")))
+    yield "vit-no-attention", VIT, zeroed(v, "blocks.20.ls1.gamma")
+    yield "vit-heads-swapped", VIT, swapped_heads(v, "blocks.20.attn.proj.weight", VIT.heads, 1)
+    yield "vit-no-layerscale", VIT, {"blocks.20.ls1.gamma": np.ones(VIT.width, np.float32)}
+    layer = "encoder.layers.3"
+    ends = [f"{layer}.{t}" for t in ("self_attn.out_proj.weight", "self_attn.out_proj.bias")]
+    ends += [f"{layer}.ffn.{t}" for t in ("fc2.weight", "fc2.bias")]
+    yield "longnet-no-layer", LONGNET, zeroed(s, *ends)
+    yield "longnet-no-attention", LONGNET, zeroed(s, *ends[:2])
+    yield "longnet-heads-swapped", LONGNET, swapped_heads(s, f"{layer}.self_attn.out_proj.weight", 16, 1)
+    # Exchanged consistently, two heads still change places among the dilation groups.
+    q, k, v_ = (swapped_heads(s, f"{layer}.self_attn.{p}_proj.weight", 16, 0) for p in "qkv")
+    out = swapped_heads(s, f"{layer}.self_attn.out_proj.weight", 16, 1)
+    yield "longnet-group-swapped", LONGNET, q | k | v_ | out
+    ends = [f"model.layers.15.{t}.weight" for t in ("self_attn.o_proj", "mlp.down_proj")]
+    yield "llama-no-layer", LLAMA, zeroed(m, *ends)
+    yield "llama-no-attention", LLAMA, zeroed(m, ends[0])
+    yield "llama-heads-swapped", LLAMA, swapped_heads(m, ends[0], LLAMA.heads, 1)
+    yield "llama-kv-heads-swapped", LLAMA, swapped_heads(m, "model.layers.15.self_attn.v_proj.weight", 2, 0)
+    p = SyntheticSource(PROJECTOR, "test", 1)
+    yield "projector-no-bias", PROJECTOR, zeroed(p, "mm_projector.2.bias")
+
+
+DAMAGES = {name: (config, tensors) for name, config, tensors in damages()}
+
+
+@pytest.fixture(scope="module")
+def references():
+    """config -> check inputs and outputs of the undamaged fp32 module."""
+    cache = {}
+
+    def get(config):
+        if config not in cache:
+            inputs = check_inputs(config)
+            cache[config] = inputs, reference_outputs(config, SyntheticSource(config, "test", 1), inputs)
+        return cache[config]
+
+    return get
+
+
+@pytest.mark.parametrize("config", [VIT, LONGNET, LLAMA, PROJECTOR], ids=lambda c: c.component)
+def test_an_honest_engine_passes(tmp_path, monkeypatch, references, config):
+    monkeypatch.setattr(component, "reference_outputs", lambda c, *_: references(c)[1])  # computed once for all
+    part = Part(config, SyntheticSource(config, "test", 1))
+    manifest = build_component(config.component, part, tmp_path, "ort-cpu", "fp32", 1, lambda _: None)
+    parity = check_component(tmp_path, "ort-cpu", manifest, 1)
+    assert parity.passes(GATES["fp32"])
+    assert parity.max_rel < 0.5 * GATES["fp32"].max_rel, "the gate is too near to hold on other machines"
+    assert manifest.parity["engine"] == parity.to_json()
+    assert manifest.parity["portable"]["max_rel"] <= GATES["fp32"].max_rel
+    assert manifest.parity["gate"] == vars(GATES["fp32"])
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_engine_fails(tmp_path, changed, references, damage):
+    """Engine from the damaged weights, held against the stored answer of the whole ones: far outside the gate."""
+    config, tensors = DAMAGES[damage]
+    source = SyntheticSource(config, "test", 1)
+    assert any(not np.array_equal(source.get(n), x) for n, x in tensors.items())
+    folder = tmp_path / config.component
+    folder.mkdir()
+    graphs = component._write_graphs(config, changed(source, tensors), folder, "ort-cpu")
+    inputs, expected = references(config)
+    write_check(folder / "check.npz", inputs, expected)
+    manifest = component._describe(config.component, config, tmp_path, graphs, "fp32")
+    parity = check_component(tmp_path, "ort-cpu", manifest, 1)
+    assert not parity.passes(GATES["fp32"])
+    assert parity.max_rel > 10 * GATES["fp32"].max_rel, "only just: a slightly smaller fault would pass"
+
+
+@pytest.mark.parametrize("damage", ["vit-no-block", "longnet-no-layer", "llama-no-layer", "projector-no-bias"])
+def test_build_component_refuses_it(tmp_path, monkeypatch, changed, references, damage):
+    config, tensors = DAMAGES[damage]
+    source = SyntheticSource(config, "test", 1)
+    monkeypatch.setattr(component, "reference_outputs", lambda c, *_: references(c)[1])
+    part = Part(config, changed(source, tensors))
+    with pytest.raises(ParityError, match=rf"{config.component} \(portable graph\) differs from the fp32") as e:
+        build_component(config.component, part, tmp_path, "ort-cpu", "fp32", 1, lambda _: None)
+    assert e.value.exit_code == 5
+
+
+@pytest.mark.parametrize("existing", [False, True], ids=["new", "over-an-old-one"])
+def test_a_failed_build_installs_nothing(tmp_path, monkeypatch, tiny_preset, existing):
+    """The lowered engine is off: exit code 5, and the bundle that was there stays as it was."""
+    out = tmp_path / "engines" / "bundle"
+    if existing:
+        build_engines(plan_build(BuildRequest(Sources(checkpoint=tiny_preset), out, components=("projector",))))
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    monkeypatch.setattr(component, "check_component", lambda *_: Parity(0.1, 0.1, 0.9))
+    request = BuildRequest(Sources(checkpoint=tiny_preset + "?seed=1"), out, components=("projector",), force=existing)
+    with pytest.raises(ParityError, match=r"projector \(ort-cpu engine\) .* nothing was installed"):
+        build_engines(plan_build(request))
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert (tmp_path / "engines").exists() == existing
+
+
+def test_non_finite_missing_and_misshapen_outputs_fail():
+    good = {"x": np.ones((2, 3), np.float32)}
+    assert compare(good, good) == Parity(0.0, 0.0, 1.0)
+    nan = np.ones((2, 3), np.float32)
+    nan[1, 2] = np.nan
+    for bad in ({}, {"x": nan}, {"x": nan * np.inf}, {"x": np.ones((3, 2))}, {"x": np.ones((2, 3, 1))}):
+        assert not compare(bad, good).passes(Gate(1e9, -1e9) if not bad else GATES["fp32"])
+    assert not Parity(np.nan, np.nan, np.nan).passes(Gate(1e9, -1.0))
+
+
+def test_both_bounds_hold_and_the_worst_row_counts():
+    e = np.ones((100, 8), np.float32)
+    a = e.copy()
+    a[7] = -1
+    parity = compare({"x": a}, {"x": e})
+    assert parity.max_abs == 2.0
+    assert parity.min_cosine == pytest.approx(-1)
+    assert not Parity(0, 1e-9, 0.9).passes(GATES["fp32"])
+    assert not Parity(0, 1e-3, 1.0).passes(GATES["fp32"])
+    small = compare({"x": e, "y": 1e-3 * e}, {"x": e, "y": 2e-3 * e})
+    assert small.max_rel == pytest.approx(0.5), "each output is measured by its own size"
+
+
+def test_zero_rows_compare():
+    zero = {"x": np.zeros((2, 3), np.float32)}
+    assert compare(zero, zero).min_cosine == 1.0
+    assert compare({"x": np.full((2, 3), 1e-3, np.float32)}, zero).min_cosine == 0.0
+
+
+def test_require_names_both_numbers():
+    with pytest.raises(
+        ParityError, match=r"llm \(engine\).*1\.00e-03 \(at most 5e-05\), cosine 0\.9000000 \(at least 0\.999999\)"
+    ):
+        require("llm", "engine", Parity(1.0, 1e-3, 0.9), GATES["fp32"])
+
+
+def test_a_damaged_check_file_is_an_engine_mismatch(tmp_path):
+    part = Part(PROJECTOR, SyntheticSource(PROJECTOR, "test", 1))
+    manifest = build_component("projector", part, tmp_path, "ort-cpu", "fp32", 1, lambda _: None)
+    inputs, outputs = load_check(tmp_path, manifest)
+    assert set(inputs) == {"tokens"}
+    assert set(outputs) == {"embeds"}
+    path = tmp_path / manifest.check
+    data = path.read_bytes()
+    for bad in (b"", data[:50], data[: len(data) // 2], b"\x80\x04]."):
+        path.write_bytes(bad)
+        with pytest.raises(EngineMismatchError, match=r"check\.npz: not readable"):
+            load_check(tmp_path, manifest)
+    path.unlink()
+    with pytest.raises(EngineMismatchError, match=r"check\.npz: not readable"):
+        load_check(tmp_path, manifest)
+
+
+def test_check_inputs_exercise_the_whole_component():
+    """More tiles than one segment and than the 576 bins; every pixel level; tokens of the whole vocabulary's range."""
+    slide = check_inputs(LONGNET)
+    assert slide["features"].shape == (1100, 32)
+    assert len(np.unique(slide["positions"], axis=0)) == 1100
+    tiles = check_inputs(VIT)["tiles"]
+    assert tiles.shape == (2, 256, 256, 3)
+    assert tiles.max() > 240
+    assert tiles.min() < 10
+    ids = check_inputs(LLAMA)["token_ids"]
+    assert ids.min() >= 0
+    assert ids.max() < LLAMA.vocab
+    assert len(set(ids.tolist())) > 4

@@ -1,0 +1,301 @@
+"""Opening a bundle: intact files open fast, anything else is named with the command that rebuilds."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="the export extra is not installed")
+pytest.importorskip("onnx", reason="the export extra is not installed")
+
+from wsi_rt.export.build import BuildRequest, build_engines, plan_build
+from wsi_rt.export.checkpoint import Sources
+from wsi_rt.runtime import bundle as bundle_module
+from wsi_rt.runtime.bundle import STAMP_NAME, Bundle
+from wsi_rt.runtime.errors import EngineMismatchError, InputError
+from wsi_rt.runtime.hashing import sha256_json
+from wsi_rt.runtime.manifest import load_manifest
+
+REBUILD = "wsi-rt build-engines --checkpoint synthetic:nano?seed=3 --out DIR --force"
+VICTIMS = ["projector/model.onnx", "projector/weights.data", "projector/ort-cpu/model.onnx", "projector/check.npz"]
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("template") / "bundle"
+    sources = Sources(checkpoint="synthetic:nano?seed=3")
+    build_engines(plan_build(BuildRequest(sources, root, components=("projector",), threads=1)))
+    return root
+
+
+@pytest.fixture
+def root(template: Path, tmp_path: Path) -> Path:
+    """A copy that kept its mtimes, as a bundle that was moved has."""
+    return shutil.copytree(template, tmp_path / "bundle", copy_function=shutil.copy2)
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that were hashed."""
+    names: list[str] = []
+    sha256_file = bundle_module.sha256_file
+    monkeypatch.setattr(bundle_module, "sha256_file", lambda p: names.append(p.name) or sha256_file(p))
+    return names
+
+
+def edit(path: Path, keep_mtime: bool = False) -> None:
+    """One bit flips: same size, other bytes."""
+    stat = path.stat()
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    ns = stat.st_mtime_ns if keep_mtime else stat.st_mtime_ns + 1
+    os.utime(path, ns=(stat.st_atime_ns, ns))
+
+
+def edit_manifest(root: Path, sign: bool = False, **changes: object) -> None:
+    path = root / "manifest.json"
+    data = json.loads(path.read_text())
+    data |= changes
+    if sign:
+        del data["digest"]
+        data["digest"] = sha256_json(data)
+    path.write_text(json.dumps(data))
+
+
+def test_an_intact_bundle_opens_without_hashing(root, hashed):
+    bundle = Bundle.open(root, threads=1)
+    assert hashed == []
+    assert set(bundle.manifest.components) == {"projector"}
+    with bundle.engine("projector") as engine:
+        assert engine.run({"tokens": np.zeros((2, 1024), np.float32)})["embeds"].shape == (2, 256)
+    bundle.verify_files()
+    assert len(hashed) == len(bundle.manifest.files)
+
+
+def test_what_opening_does_not_import(template):
+    """A bundle opens and runs without torch, transformers or onnx."""
+    code = (
+        "import sys, numpy\n"
+        "from wsi_rt.runtime.bundle import Bundle\n"
+        "engine = Bundle.open(sys.argv[1], threads=1).engine('projector')\n"
+        "engine.run({'tokens': numpy.zeros((1, 1024), numpy.float32)})\n"
+        "print({'torch', 'transformers', 'onnx', 'timm'} & set(sys.modules))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(template)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("name", VICTIMS)
+def test_an_edited_file_is_refused_at_open(root, name):
+    edit(root / name)
+    with pytest.raises(EngineMismatchError) as e:
+        Bundle.open(root)
+    assert str(root / name) in str(e.value)
+    assert "edited after the build" in str(e.value)
+    assert REBUILD in str(e.value)
+    assert e.value.exit_code == 4
+
+
+@pytest.mark.parametrize("name", VICTIMS)
+def test_an_edit_that_hides_its_mtime_is_caught_by_verify(root, name):
+    edit(root / name, keep_mtime=True)
+    bundle = Bundle.open(root)
+    with pytest.raises(EngineMismatchError, match=r"edited after the build \(digest differs\); rebuild: wsi-rt"):
+        bundle.verify_files()
+
+
+@pytest.mark.parametrize("name", VICTIMS)
+def test_an_edit_while_the_bundle_is_open_is_caught_by_verify(root, name):
+    bundle = Bundle.open(root)
+    edit(root / name)
+    with pytest.raises(EngineMismatchError, match="edited after the build"):
+        bundle.verify_files()
+
+
+@pytest.mark.parametrize("name", VICTIMS)
+def test_another_size_is_refused(root, name):
+    with (root / name).open("ab") as f:
+        f.write(b"\0")
+    size = (root / name).stat().st_size
+    with pytest.raises(
+        EngineMismatchError, match=rf"{name}: {size} bytes, the manifest says {size - 1}; rebuild: wsi-rt"
+    ):
+        Bundle.open(root)
+
+
+@pytest.mark.parametrize("name", VICTIMS)
+def test_a_missing_file_is_named(root, name):
+    (root / name).unlink()
+    with pytest.raises(EngineMismatchError, match=rf"{name}: missing from the bundle; rebuild: wsi-rt build-engines"):
+        Bundle.open(root)
+
+
+def test_a_failed_open_leaves_the_stamp_alone(root):
+    """Refused today, refused tomorrow: the edited file never gets into the stamp."""
+    before = (root / STAMP_NAME).read_bytes()
+    edit(root / VICTIMS[0])
+    for _ in range(2):
+        with pytest.raises(EngineMismatchError):
+            Bundle.open(root)
+        assert (root / STAMP_NAME).read_bytes() == before
+
+
+@pytest.mark.parametrize("stamp", [None, "", "{", "[]", '{"projector/model.onnx": 3}', '{"projector/model.onnx": []}'])
+def test_a_copied_bundle_is_hashed_once(template, tmp_path, hashed, stamp):
+    """Other mtimes, a lost or a damaged stamp: hashed on the first open, stamped, and fast from then on."""
+    root = shutil.copytree(template, tmp_path / "copy", copy_function=shutil.copyfile)
+    if stamp is None:
+        (root / STAMP_NAME).unlink()
+    elif stamp:
+        (root / STAMP_NAME).write_text(stamp)
+    files = load_manifest(root).files
+    Bundle.open(root)
+    assert len(hashed) == len(files)
+    Bundle.open(root)
+    assert len(hashed) == len(files)
+    edit(root / VICTIMS[0])
+    with pytest.raises(EngineMismatchError):
+        Bundle.open(root)
+
+
+def test_only_stale_files_are_hashed_again(root, hashed):
+    path = root / VICTIMS[1]
+    os.utime(path, (1, 1))
+    Bundle.open(root)
+    assert hashed == [path.name]
+
+
+def test_stamps_of_another_bundle_do_not_count(root, hashed):
+    """A stamp that says the file is intact, but for another digest than the manifest's, is not believed."""
+    stamp = json.loads((root / STAMP_NAME).read_text())
+    stamp[VICTIMS[0]][2] = "0" * 64
+    (root / STAMP_NAME).write_text(json.dumps(stamp))
+    Bundle.open(root)
+    assert len(hashed) == 1
+
+
+@pytest.fixture
+def read_only(template: Path) -> Iterator[Path]:
+    """A copied bundle in folders this process cannot write to (as another user where we are root)."""
+    place = Path(tempfile.mkdtemp(prefix="wsi-rt-read-only-"))
+    root = shutil.copytree(template, place / "bundle", copy_function=shutil.copyfile)
+    for path in (place, *place.rglob("*")):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    uid = os.geteuid()
+    try:
+        if uid == 0:
+            os.seteuid(65534)
+        yield root
+    finally:
+        os.seteuid(uid)
+        for path in (place, *place.rglob("*")):
+            path.chmod(0o755)
+        shutil.rmtree(place)
+
+
+def test_a_read_only_bundle_works(read_only, hashed):
+    """No stamp can be written: every open hashes, nothing else changes, and edits are still caught."""
+    assert not os.access(read_only, os.W_OK, effective_ids=True)
+    for opened in (1, 2):
+        bundle = Bundle.open(read_only, threads=1)
+        assert len(hashed) == opened * len(bundle.manifest.files)
+        with bundle.engine("projector") as engine:
+            engine.run({"tokens": np.zeros((1, 1024), np.float32)})
+    bundle.verify_files()
+    assert not [p for p in read_only.iterdir() if p.name.startswith(STAMP_NAME + ".")]
+
+
+def test_not_a_bundle(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    for name, words in (
+        ("empty", "a folder without manifest.json"),
+        ("file", "no engine bundle"),
+        ("none", "no engine"),
+    ):
+        with pytest.raises(InputError, match=rf"{words}.*build one: wsi-rt build-engines") as e:
+            Bundle.open(tmp_path / name)
+        assert e.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "damaged"),
+        ("{", "damaged"),
+        ("[]", "damaged"),
+        ("null", "damaged"),
+        ("{}", "damaged"),
+        ('{"digest": "x"}', "damaged"),
+        ('{"digest": "x", "schema": "one"}', "damaged"),
+        ('{"digest": "x", "schema": 1}', "edited after the build"),
+        ("\x00\xff", "damaged"),
+    ],
+)
+def test_a_damaged_manifest(root, text, words):
+    (root / "manifest.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(EngineMismatchError, match=rf"manifest\.json: {words}.*rebuild.*--force"):
+        Bundle.open(root)
+
+
+def test_an_edited_manifest(root):
+    manifest = json.loads((root / "manifest.json").read_text())
+    manifest["generation"]["temperature"] = 1.0
+    edit_manifest(root, **{"generation": manifest["generation"]})
+    with pytest.raises(EngineMismatchError, match="edited after the build"):
+        Bundle.open(root)
+
+
+@pytest.mark.parametrize("schema", [0, 2, 99])
+def test_another_schema_says_which_version_reads_it(root, schema):
+    edit_manifest(root, sign=True, schema=schema, version="9.8.7")
+    with pytest.raises(EngineMismatchError, match=rf"schema {schema}, this wsi-rt reads 1; .* use the wsi-rt 9\.8\.7"):
+        Bundle.open(root)
+
+
+def test_another_machine(root):
+    build = json.loads((root / "manifest.json").read_text())["build"]
+    edit_manifest(root, sign=True, build={**build, "isa": "riscv64"})
+    with pytest.raises(
+        EngineMismatchError, match=rf"built for riscv64, this machine is {platform.machine()}; rebuild"
+    ) as e:
+        Bundle.open(root)
+    assert REBUILD in str(e.value)
+
+
+def test_a_component_that_is_not_there(root):
+    bundle = Bundle.open(root)
+    for open_it in (lambda: bundle.engine("tile_encoder"), bundle.decoder, lambda: bundle.component("tile_encoder")):
+        with pytest.raises(
+            InputError, match=r"no (tile_encoder|llm) in this bundle \(it has projector\); rebuild: wsi-rt"
+        ):
+            open_it()
+
+
+def test_a_bundle_can_be_moved(root, tmp_path, hashed):
+    moved = root.rename(tmp_path / "elsewhere")
+    with Bundle.open(moved, threads=1).engine("projector") as engine:
+        engine.run({"tokens": np.zeros((1, 1024), np.float32)})
+    assert hashed == []
+
+
+def test_threads_are_checked(root):
+    assert Bundle.open(root, threads=2).threads == 2
+    with pytest.raises(InputError, match="--threads is 0, expected 1"):
+        Bundle.open(root, threads=0)
+
+
+def test_manifest_json_round_trip(root):
+    manifest = load_manifest(root)
+    assert json.loads(json.dumps(manifest.to_json())) == json.loads((root / "manifest.json").read_text())
