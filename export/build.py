@@ -12,12 +12,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from wsi_rt.export.arch import LlamaConfig, config_json, parameter_count
-from wsi_rt.export.checkpoint import Checkpoint, Part, Sources, resolve
 from wsi_rt.export.component import build_component
 from wsi_rt.export.precision import parse_precision
+from wsi_rt.export.sources.checkpoint import Checkpoint, Sources, resolve
+from wsi_rt.export.sources.weights import Part
 from wsi_rt.export.staging import staged_directory
 from wsi_rt.runtime import manifest as m
-from wsi_rt.runtime.bundle import STAMP_NAME, write_stamp
+from wsi_rt.runtime.bundle import STAMP_NAME, Bundle, write_stamp
 from wsi_rt.runtime.config import GenerationSettings
 from wsi_rt.runtime.engines.registry import backend
 from wsi_rt.runtime.errors import InputError, MissingDependencyError, WsiRtError
@@ -103,13 +104,13 @@ def plan_build(request: BuildRequest) -> BuildPlan:
 
 
 def is_up_to_date(plan: BuildPlan) -> bool:
-    """Whether `out` already holds this very build. Raises InputError when it holds anything else and
-    `force` is not set."""
+    """Whether `out` already holds this very build, intact. Raises InputError when it holds anything that is no
+    bundle and, unless `force` is set, another build or a damaged one (EngineMismatchError)."""
     out = plan.request.out
     if not out.exists():
         return False
     try:
-        existing = m.load_manifest(out)
+        existing = Bundle.open(out).manifest
     except InputError as e:
         if out.is_dir() and not any(out.iterdir()):
             return False

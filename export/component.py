@@ -11,12 +11,11 @@ from onnx import TensorProto, helper
 from onnx import load as load_onnx
 
 from wsi_rt.export.arch import ComponentConfig, LlamaConfig, LongNetConfig, ProjectorConfig, ViTConfig, config_json
-from wsi_rt.export.checkpoint import Part
 from wsi_rt.export.graphs import llama, projector, slide_encoder, tile_encoder
 from wsi_rt.export.graphs.builder import WeightFile, check_model
 from wsi_rt.export.lowering import lower_ort_cpu
 from wsi_rt.export.parity import check_inputs, reference_outputs, run_portable, write_check
-from wsi_rt.export.weights import WeightSource
+from wsi_rt.export.sources.weights import Part, WeightSource
 from wsi_rt.kernels.slide_embed import GRID
 from wsi_rt.runtime.manifest import EngineManifest, TensorSpec
 from wsi_rt.runtime.parity import GATES, check_component, compare, require
@@ -49,16 +48,16 @@ def build_component(
     folder = work / name
     folder.mkdir()
     on_step("export")
-    graphs = _write_graphs(part.config, part.source, folder, target)
+    graphs = _write_graphs(part.config, part.source, folder, target, threads)
     for path in graphs.portable.values():
         check_model(path)
     on_step("fp32 reference")
     inputs = check_inputs(part.config)
-    expected = reference_outputs(part.config, part.source, inputs)
+    expected = reference_outputs(part.config, part.source, inputs, threads)
     write_check(folder / "check.npz", inputs, expected)
     on_step("parity of the portable graph")
     gate = GATES[precision]
-    portable = compare(run_portable(part.config, dict(graphs.portable), inputs), expected)
+    portable = compare(run_portable(part.config, graphs.portable, inputs, threads), expected)
     require(name, "portable graph", portable, GATES["fp32"])
     manifest = _describe(name, part.config, work, graphs, precision)
     on_step(f"parity of the {target} engine")
@@ -68,7 +67,7 @@ def build_component(
     return replace(manifest, parity=report)
 
 
-def _write_graphs(c: ComponentConfig, source: WeightSource, folder: Path, target: str) -> Graphs:
+def _write_graphs(c: ComponentConfig, source: WeightSource, folder: Path, target: str, threads: int = 0) -> Graphs:
     lowered = folder / target
     lowered.mkdir()
     if isinstance(c, LlamaConfig):
@@ -88,7 +87,7 @@ def _write_graphs(c: ComponentConfig, source: WeightSource, folder: Path, target
     elif isinstance(c, ProjectorConfig):
         projector.build(c, source, portable["model"])
     engine = {"model": lowered / "model.onnx"}
-    lower_ort_cpu(portable["model"], engine["model"])
+    lower_ort_cpu(portable["model"], engine["model"], threads)
     return Graphs(portable, engine, lowered)
 
 

@@ -12,11 +12,12 @@ from pathlib import Path
 import onnxruntime as ort
 
 
-def lower_ort_cpu(portable: Path, lowered: Path) -> None:
-    """Writes `lowered` and `weights.data` beside it."""
+def lower_ort_cpu(portable: Path, lowered: Path, threads: int = 0) -> None:
+    """Writes `lowered` and `weights.data` beside it. threads 0: onnxruntime's default."""
     lowered.parent.mkdir(parents=True, exist_ok=True)
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = threads
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.optimized_model_filepath = str(lowered)
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.data")

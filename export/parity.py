@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from numpy.typing import NDArray
 
 from wsi_rt.export.arch import ComponentConfig, LlamaConfig, LongNetConfig, ProjectorConfig, ViTConfig
 from wsi_rt.export.models import reference_model
-from wsi_rt.export.synthetic import uniform
-from wsi_rt.export.weights import WeightSource
+from wsi_rt.export.sources.synthetic import uniform
+from wsi_rt.export.sources.weights import WeightSource
+from wsi_rt.runtime.engines.ort import open_session
 from wsi_rt.runtime.parity import INPUT, OUTPUT
 from wsi_rt.runtime.types import TILE_PX
 
@@ -39,9 +41,12 @@ def check_inputs(c: ComponentConfig) -> Arrays:
     return {"embeds": uniform(0, "check.embeds", PREFILL * c.hidden, -1, 1).reshape(PREFILL, -1), "token_ids": ids}
 
 
-def reference_outputs(c: ComponentConfig, source: WeightSource, inputs: Arrays) -> Arrays:
-    """What the fp32 torch module answers."""
+def reference_outputs(c: ComponentConfig, source: WeightSource, inputs: Arrays, threads: int = 0) -> Arrays:
+    """What the fp32 torch module answers. threads 0: torch's default."""
     import torch
+
+    if threads:
+        torch.set_num_threads(threads)
 
     module: Any = reference_model(c, source)  # called, indexed: nn.Module's attributes are untyped
     tensors = {name: torch.from_numpy(x) for name, x in inputs.items()}
@@ -63,18 +68,21 @@ def write_check(path: Path, inputs: Arrays, outputs: Arrays) -> None:
     np.savez(path, allow_pickle=False, **arrays)
 
 
-def run_portable(c: ComponentConfig, graphs: dict[str, Path], inputs: Arrays) -> Arrays:
-    """The portable graphs in onnxruntime, on inputs as `check_inputs` makes them."""
+def run_portable(c: ComponentConfig, graphs: Mapping[str, Path], inputs: Arrays, threads: int = 0) -> Arrays:
+    """The portable graphs in onnxruntime, on inputs as `check_inputs` makes them. threads 0: its default."""
     if isinstance(c, LlamaConfig):
-        return {"logits": run_portable_llama(c, graphs["embed"], graphs["decoder"], inputs)}
-    session = _session(graphs["model"])
+        return {"logits": run_portable_llama(c, graphs["embed"], graphs["decoder"], inputs, threads)}
+    path = graphs["model"]
+    session = open_session(path, path.parent, threads)
     names = [o.name for o in session.get_outputs()]
     return dict(zip(names, session.run(names, inputs), strict=True))
 
 
-def run_portable_llama(c: LlamaConfig, embed: Path, decoder: Path, inputs: Arrays) -> NDArray[np.float32]:
+def run_portable_llama(
+    c: LlamaConfig, embed: Path, decoder: Path, inputs: Arrays, threads: int = 0
+) -> NDArray[np.float32]:
     """Prefill, then one token at a time with past and present KV -> logits [steps + 1, vocab]."""
-    embed_session, session = _session(embed), _session(decoder)
+    embed_session, session = (open_session(path, path.parent, threads) for path in (embed, decoder))
     new = embed_session.run(["embeds"], {"input_ids": inputs["token_ids"]})[0]
     empty = np.zeros((1, c.kv_heads, 0, c.head_width), np.float32)
     past = {f"past.{i}.{part}": empty for i in range(c.layers) for part in ("key", "value")}
@@ -85,11 +93,3 @@ def run_portable_llama(c: LlamaConfig, embed: Path, decoder: Path, inputs: Array
         logits.append(first[0])
         past = dict(zip(past, present, strict=True))
     return np.stack(logits)
-
-
-def _session(path: Path) -> Any:
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

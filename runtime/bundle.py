@@ -36,7 +36,8 @@ class Bundle:
         isa = manifest.build["isa"]
         if isa != platform.machine():
             raise EngineMismatchError(
-                f"{root}: built for {isa}, this machine is {platform.machine()}; rebuild: {manifest.rebuild_command}"
+                f"{root}: built for {isa}, this machine is {platform.machine()}; "
+                f"rebuild: {manifest.rebuild_command(root)}"
             )
         _check_files(root, manifest, _read_stamp(root))
         return cls(root, manifest, resolve_threads(threads))
@@ -52,7 +53,8 @@ class Bundle:
         except KeyError:
             have = ", ".join(self.manifest.components)
             raise InputError(
-                f"{self.root}: no {name} in this bundle (it has {have}); rebuild: {self.manifest.rebuild_command}"
+                f"{self.root}: no {name} in this bundle (it has {have}); "
+                f"rebuild: {self.manifest.rebuild_command(self.root)}"
             ) from None
 
     def engine(self, name: str) -> Engine:
@@ -96,7 +98,7 @@ def _read_stamp(root: Path) -> dict[str, list[int | str]]:
 def _check_files(root: Path, manifest: Manifest, stamp: dict[str, list[int | str]]) -> None:
     stale = False
     for name, entry in manifest.files.items():
-        path, rebuild = root / name, manifest.rebuild_command
+        path, rebuild = root / name, manifest.rebuild_command(root)
         try:
             stat = path.stat()
         except OSError:

@@ -109,7 +109,7 @@ def doctor(as_json: bool) -> None:
     report = examine()
     click.echo(json.dumps(report, indent=1) if as_json else render(report))
     if not report["ok"]:
-        sys.exit(3)
+        click.get_current_context().exit(3)
 
 
 @cli.command()

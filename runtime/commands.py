@@ -30,7 +30,7 @@ def build(
 ) -> None:
     try:
         from wsi_rt.export.build import BuildRequest, build_engines, is_up_to_date, plan_build
-        from wsi_rt.export.checkpoint import Sources
+        from wsi_rt.export.sources.checkpoint import Sources
     except ImportError as e:
         raise MissingDependencyError(f"building engines needs {e.name}: pip install 'wsi-rt[export]'") from e
     request = BuildRequest(Sources(**sources), out, target, precision, components, force, threads)

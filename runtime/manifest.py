@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -84,9 +85,9 @@ class Manifest:
         data = asdict(self)
         return {**data, "digest": sha256_json(json.loads(json.dumps(data)))}
 
-    @property
-    def rebuild_command(self) -> str:
-        return f"wsi-rt build-engines {self.source['arguments']} --out DIR --force"
+    def rebuild_command(self, root: Path) -> str:
+        """What builds this bundle again where it stands."""
+        return f"wsi-rt build-engines {self.source['arguments']} --out {shlex.quote(str(root))} --force"
 
 
 def load_manifest(root: Path) -> Manifest:

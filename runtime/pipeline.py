@@ -33,6 +33,7 @@ from wsi_rt.runtime.timing import Stopwatch
 from wsi_rt.runtime.types import POOLED_TOKENS, Answer
 
 STAGES = ("open", "tissue", "tiles", "tile_encoder", "slide_encoder", "projector", "prefill", "decode")
+QUESTION_ROOM = 256  # tokens; a slide's KV has room for questions up to a multiple of this, so that they share it
 PUBLISHED_WIDTH, PUBLISHED_PADDED = 768, 1024  # slide tokens as published files hold them
 
 
@@ -218,7 +219,8 @@ class Pipeline:
             raise InputError("this input was encoded without slide tokens; encode it with tokens=True")
         decoder, tokens = self._open_decoder(), encoded.tokens.tokens
         fixed = len(prompt.before) + POOLED_TOKENS
-        needed = min(fixed + len(prompt.after) + settings.max_new_tokens, decoder.spec.context_length)
+        question = -(-len(prompt.after) // QUESTION_ROOM) * QUESTION_ROOM
+        needed = min(fixed + question + settings.max_new_tokens, decoder.spec.context_length)
         key = hashlib.sha256(tokens.tobytes() + repr(prompt.before).encode()).hexdigest()
         prefix = self._prefix
         if prefix is not None and prefix.key == key and prefix.kv.capacity >= needed:

@@ -6,7 +6,7 @@ import numpy as np
 from onnx import TensorProto
 
 from wsi_rt.export.graphs.builder import GraphBuilder
-from wsi_rt.export.weights import F32, WeightSource
+from wsi_rt.export.sources.weights import F32, WeightSource
 
 FLOAT = TensorProto.FLOAT
 

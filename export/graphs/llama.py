@@ -17,7 +17,7 @@ from onnx import TensorProto
 from wsi_rt.export.arch import LlamaConfig
 from wsi_rt.export.graphs.builder import ORT_DOMAIN, GraphBuilder, WeightFile
 from wsi_rt.export.graphs.layers import FLOAT, activation, attention, linear, reshape
-from wsi_rt.export.weights import WeightSource
+from wsi_rt.export.sources.weights import WeightSource
 
 
 def build_embed(c: LlamaConfig, source: WeightSource, weights: WeightFile, path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from wsi_rt.export.arch import ProjectorConfig
 from wsi_rt.export.graphs.builder import GraphBuilder, WeightFile
 from wsi_rt.export.graphs.layers import FLOAT, activation, linear
-from wsi_rt.export.weights import WeightSource
+from wsi_rt.export.sources.weights import WeightSource
 
 
 def build(c: ProjectorConfig, source: WeightSource, path: Path) -> None:

@@ -13,7 +13,7 @@ from wsi_rt.export.arch import LongNetConfig
 from wsi_rt.export.graphs.builder import GraphBuilder, WeightFile
 from wsi_rt.export.graphs.dilated_attention import dilated_attention
 from wsi_rt.export.graphs.layers import FLOAT, activation, layer_norm, linear, reshape
-from wsi_rt.export.weights import WeightSource
+from wsi_rt.export.sources.weights import WeightSource
 from wsi_rt.kernels.slide_embed import GRID
 
 

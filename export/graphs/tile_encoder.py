@@ -10,7 +10,7 @@ from onnx import TensorProto
 from wsi_rt.export.arch import ViTConfig
 from wsi_rt.export.graphs.builder import GraphBuilder, WeightFile
 from wsi_rt.export.graphs.layers import FLOAT, activation, attention, layer_norm, linear, reshape
-from wsi_rt.export.weights import WeightSource
+from wsi_rt.export.sources.weights import WeightSource
 from wsi_rt.runtime.types import TILE_PX
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from wsi_rt.export.arch import ComponentConfig, LlamaConfig, LongNetConfig, ProjectorConfig, ViTConfig
-from wsi_rt.export.weights import WeightSource
+from wsi_rt.export.sources.weights import WeightSource
 
 if TYPE_CHECKING:
     from torch import nn

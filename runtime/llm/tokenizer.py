@@ -1,4 +1,4 @@
-"""Text to token ids and back, from the bundle's `tokenizer/` folder (written by export/tokenizer.py).
+"""Text to token ids and back, from the bundle's `tokenizer/` folder (written by export/tokenizer/).
 
 Decoding works on bytes rather than on strings: every token is a fixed byte string, so text can be produced token by
 token without decoding anything twice, and what was produced is never taken back. For a sentencepiece-style tokenizer

@@ -15,9 +15,9 @@ import pytest
 from numpy.typing import NDArray
 
 from wsi_rt.export.arch import ComponentConfig, LlamaConfig, LongNetConfig, ProjectorConfig, ViTConfig
-from wsi_rt.export.presets import PRESETS, Preset
-from wsi_rt.export.synthetic import SyntheticSource
-from wsi_rt.export.weights import F32, WeightSource
+from wsi_rt.export.sources.presets import PRESETS, Preset
+from wsi_rt.export.sources.synthetic import SyntheticSource
+from wsi_rt.export.sources.weights import F32, WeightSource
 
 # Before torch is imported: its thread pool, fighting over few cores, makes tiny models twenty times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -21,7 +21,7 @@ pytest.importorskip("transformers", reason="the export extra is not installed")
 
 from wsi_rt.export import build as build_module
 from wsi_rt.export.build import BuildRequest, build_engines, is_up_to_date, plan_build
-from wsi_rt.export.checkpoint import Sources
+from wsi_rt.export.sources.checkpoint import Sources
 from wsi_rt.runtime.bundle import Bundle
 from wsi_rt.runtime.errors import EngineMismatchError, InputError, MissingDependencyError
 from wsi_rt.runtime.manifest import COMPONENTS, load_manifest
@@ -49,7 +49,8 @@ def test_the_manifest_tells_what_was_built(tmp_path, tiny_preset, tiny):
     manifest = build_engines(plan(tiny_preset + "?seed=7", out))
     assert manifest.source["synthetic"]
     assert manifest.source["label"] == "synthetic:tiny?seed=7"
-    assert manifest.rebuild_command == "wsi-rt build-engines --checkpoint synthetic:tiny?seed=7 --out DIR --force"
+    command = f"wsi-rt build-engines --checkpoint 'synthetic:tiny?seed=7' --out {out} --force"
+    assert manifest.rebuild_command(out) == command
     assert {"onnx", "onnxruntime", "torch", "transformers", "numpy"} <= set(manifest.build["toolchain"])
     assert manifest.build["precision"] == dict.fromkeys(COMPONENTS, "fp32")
     assert set(manifest.files) == {
@@ -116,11 +117,12 @@ def test_other_folders_and_files_are_never_replaced(tmp_path, tiny_preset, force
     assert (tmp_path / "photos" / "cat.jpg").read_text() == "cat"
 
 
-def test_a_damaged_bundle_needs_force(tmp_path, tiny_preset):
+@pytest.mark.parametrize(("name", "told"), [("manifest.json", "damaged"), ("projector/weights.data", "bytes")])
+def test_a_damaged_bundle_needs_force(tmp_path, tiny_preset, name, told):
     out, parts = tmp_path / "bundle", {"components": ("projector",)}
     build_engines(plan(tiny_preset, out, **parts))
-    (out / "manifest.json").write_text("{")
-    with pytest.raises(EngineMismatchError, match="damaged"):
+    (out / name).write_text("{")
+    with pytest.raises(EngineMismatchError, match=told):
         is_up_to_date(plan(tiny_preset, out, **parts))
     forced = plan(tiny_preset, out, force=True, **parts)
     assert not is_up_to_date(forced)

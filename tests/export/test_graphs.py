@@ -17,8 +17,8 @@ from wsi_rt.export.arch import LlamaConfig, LongNetConfig, ProjectorConfig, ViTC
 from wsi_rt.export.graphs import llama, projector, slide_encoder, tile_encoder  # noqa: E402
 from wsi_rt.export.graphs.builder import OUR_DOMAIN, WeightFile, check_model  # noqa: E402
 from wsi_rt.export.parity import check_inputs, reference_outputs, run_portable  # noqa: E402
-from wsi_rt.export.presets import NANO  # noqa: E402
-from wsi_rt.export.synthetic import SyntheticSource  # noqa: E402
+from wsi_rt.export.sources.presets import NANO  # noqa: E402
+from wsi_rt.export.sources.synthetic import SyntheticSource  # noqa: E402
 
 VIT = ViTConfig(width=32, depth=2, heads=2, mlp_hidden=48)
 LONGNET = LongNetConfig(in_width=32, width=64, depth=2, heads=16, ffn=128, norm_width=64, padded=96)

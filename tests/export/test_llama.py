@@ -12,12 +12,11 @@ transformers = pytest.importorskip("transformers", reason="the export extra is n
 pytest.importorskip("onnx", reason="the export extra is not installed")
 
 from wsi_rt.export.arch import LlamaConfig  # noqa: E402
-from wsi_rt.export.checkpoint import Part  # noqa: E402
 from wsi_rt.export.component import build_component  # noqa: E402
 from wsi_rt.export.models import reference_model  # noqa: E402
 from wsi_rt.export.parity import run_portable_llama  # noqa: E402
-from wsi_rt.export.synthetic import SyntheticSource, uniform  # noqa: E402
-from wsi_rt.export.weights import WeightSource  # noqa: E402
+from wsi_rt.export.sources.synthetic import SyntheticSource, uniform  # noqa: E402
+from wsi_rt.export.sources.weights import Part, WeightSource  # noqa: E402
 from wsi_rt.runtime.engines.registry import backend  # noqa: E402
 from wsi_rt.runtime.errors import WsiRtError  # noqa: E402
 from wsi_rt.runtime.llm.decoder import Decoder  # noqa: E402

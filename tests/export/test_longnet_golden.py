@@ -18,7 +18,8 @@ from wsi_rt.export.graphs.builder import GraphBuilder, WeightFile, check_model  
 from wsi_rt.export.graphs.dilated_attention import dilated_attention  # noqa: E402
 from wsi_rt.export.lowering import lower_ort_cpu  # noqa: E402
 from wsi_rt.export.models import reference_model  # noqa: E402
-from wsi_rt.export.weights import SafetensorsSource, check_tensors  # noqa: E402
+from wsi_rt.export.sources.files import SafetensorsSource  # noqa: E402
+from wsi_rt.export.sources.weights import check_tensors  # noqa: E402
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TINY = json.loads((GOLDEN / "longnet" / "tiny.json").read_text())

@@ -19,14 +19,14 @@ pytest.importorskip("torch", reason="the export extra is not installed")
 pytest.importorskip("onnx", reason="the export extra is not installed")
 
 from wsi_rt.export.build import BuildRequest, build_engines, plan_build
-from wsi_rt.export.checkpoint import Sources
+from wsi_rt.export.sources.checkpoint import Sources
 from wsi_rt.runtime import bundle as bundle_module
 from wsi_rt.runtime.bundle import STAMP_NAME, Bundle
 from wsi_rt.runtime.errors import EngineMismatchError, InputError
 from wsi_rt.runtime.hashing import sha256_json
 from wsi_rt.runtime.manifest import load_manifest
 
-REBUILD = "wsi-rt build-engines --checkpoint synthetic:nano?seed=3 --out DIR --force"
+REBUILD = "wsi-rt build-engines --checkpoint 'synthetic:nano?seed=3' --out {} --force"
 VICTIMS = ["projector/model.onnx", "projector/weights.data", "projector/ort-cpu/model.onnx", "projector/check.npz"]
 
 
@@ -103,7 +103,7 @@ def test_an_edited_file_is_refused_at_open(root, name):
         Bundle.open(root)
     assert str(root / name) in str(e.value)
     assert "edited after the build" in str(e.value)
-    assert REBUILD in str(e.value)
+    assert REBUILD.format(root) in str(e.value)
     assert e.value.exit_code == 4
 
 
@@ -271,7 +271,7 @@ def test_another_machine(root):
         EngineMismatchError, match=rf"built for riscv64, this machine is {platform.machine()}; rebuild"
     ) as e:
         Bundle.open(root)
-    assert REBUILD in str(e.value)
+    assert REBUILD.format(root) in str(e.value)
 
 
 def test_a_component_that_is_not_there(root):

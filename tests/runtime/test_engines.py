@@ -12,9 +12,9 @@ pytest.importorskip("torch", reason="the export extra is not installed")
 pytest.importorskip("onnx", reason="the export extra is not installed")
 
 from wsi_rt.export.arch import LongNetConfig, ProjectorConfig, ViTConfig
-from wsi_rt.export.checkpoint import Part
 from wsi_rt.export.component import build_component
-from wsi_rt.export.synthetic import SyntheticSource
+from wsi_rt.export.sources.synthetic import SyntheticSource
+from wsi_rt.export.sources.weights import Part
 from wsi_rt.runtime.engines.ort import PROVIDER, OrtEngine, open_session
 from wsi_rt.runtime.engines.registry import TARGETS, backend
 from wsi_rt.runtime.errors import EngineMismatchError, InputError, WsiRtError

@@ -9,9 +9,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from wsi_rt.export import synthetic
-from wsi_rt.export.presets import PRESETS
-from wsi_rt.export.synthetic import SyntheticSource, content_digest, philox4x32, rule_for, uniform
+from wsi_rt.export.sources import synthetic
+from wsi_rt.export.sources.presets import PRESETS
+from wsi_rt.export.sources.synthetic import SyntheticSource, content_digest, philox4x32, rule_for, uniform
 from wsi_rt.runtime.errors import CheckpointError
 
 # SHA-256 over every tensor of `synthetic:<preset>?seed=0` (content_digest, components in their order). A change

@@ -1,84 +1,19 @@
-"""Named tensors, one at a time: the one interface that every checkpoint source implements."""
+"""Weights in `.safetensors` files, and the JSON beside them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from wsi_rt.export.arch import Shapes
+from wsi_rt.export.sources.weights import F32, WeightSource
 from wsi_rt.runtime.errors import CheckpointError, MissingDependencyError
-
-F32 = NDArray[np.float32]
-
-
-class WeightSource(ABC):
-    """Tensors by name, loaded on request. `label` is how messages name the source."""
-
-    label: str
-
-    @abstractmethod
-    def shapes(self) -> Shapes:
-        """Every tensor's shape, without loading one."""
-
-    @abstractmethod
-    def get(self, name: str) -> F32:
-        """The tensor as contiguous fp32; raises CheckpointError when there is none of that name."""
-
-    @abstractmethod
-    def digest(self) -> str:
-        """SHA-256 hex that changes whenever a tensor does."""
-
-
-class Renamed(WeightSource):
-    """Part of another source under other names: `rename(name)` gives the new name, or None to leave it out."""
-
-    def __init__(self, source: WeightSource, rename: Callable[[str], str | None]) -> None:
-        self.label = source.label
-        self._source = source
-        pairs = ((rename(name), name) for name in source.shapes())
-        self._names = {new: old for new, old in pairs if new is not None}
-
-    def shapes(self) -> Shapes:
-        shapes = self._source.shapes()
-        return {new: shapes[old] for new, old in self._names.items()}
-
-    def get(self, name: str) -> F32:
-        if name not in self._names:
-            raise CheckpointError(f"{self.label}: no tensor named {name}")
-        return self._source.get(self._names[name])
-
-    def digest(self) -> str:
-        return self._source.digest()
-
-
-class Overlay(WeightSource):
-    """Several sources as one; of tensors with the same name the first source's is used."""
-
-    def __init__(self, *sources: WeightSource) -> None:
-        self.label = " + ".join(s.label for s in sources)
-        self._sources = sources
-
-    def shapes(self) -> Shapes:
-        out: Shapes = {}
-        for source in reversed(self._sources):
-            out |= source.shapes()
-        return out
-
-    def get(self, name: str) -> F32:
-        for source in self._sources:
-            if name in source.shapes():
-                return source.get(name)
-        raise CheckpointError(f"{self.label}: no tensor named {name}")
-
-    def digest(self) -> str:
-        return hashlib.sha256("".join(s.digest() for s in self._sources).encode()).hexdigest()
+from wsi_rt.runtime.hashing import sha256_file
 
 
 class SafetensorsSource(WeightSource):
@@ -89,6 +24,7 @@ class SafetensorsSource(WeightSource):
         self._files = tuple(files)
         self._where: dict[str, Path] = {}
         self._shapes: Shapes = {}
+        self._digest: str | None = None
         for path in self._files:
             for name, shape in _safetensors_shapes(path):
                 if name in self._where:
@@ -126,11 +62,9 @@ class SafetensorsSource(WeightSource):
             return np.ascontiguousarray(f.get_tensor(name).float().numpy())
 
     def digest(self) -> str:
-        h = hashlib.sha256()
-        for path in self._files:
-            with path.open("rb") as f:
-                h.update(hashlib.file_digest(f, "sha256").digest())
-        return h.hexdigest()
+        if self._digest is None:  # two components may share the files: 13 GB are not read twice
+            self._digest = hashlib.sha256("".join(map(sha256_file, self._files)).encode()).hexdigest()
+        return self._digest
 
 
 def _shards(index: Path) -> list[Path]:
@@ -163,21 +97,14 @@ def _safetensors_shapes(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield name, tuple(f.get_slice(name).get_shape())
 
 
-def check_tensors(source: WeightSource, expected: Shapes, component: str) -> None:
-    """Raises CheckpointError naming missing, unexpected and misshapen tensors (all of them counted)."""
-    shapes = source.shapes()
-    problems = [
-        ("missing", [n for n in expected if n not in shapes]),
-        ("unexpected", [n for n in shapes if n not in expected]),
-        (
-            "misshapen",
-            [f"{n} {list(shapes[n])}, expected {list(s)}" for n, s in expected.items() if shapes.get(n, s) != s],
-        ),
-    ]
-    told = [f"{len(names)} {kind} ({_few(names)})" for kind, names in problems if names]
-    if told:
-        raise CheckpointError(f"{source.label}: {component} has {len(expected)} tensors, but {'; '.join(told)}")
-
-
-def _few(names: list[str], most: int = 4) -> str:
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A configuration file; raises CheckpointError when it is missing or holds anything but an object."""
+    try:
+        data = json.loads(path.read_text())
+    except OSError as e:
+        raise CheckpointError(f"{path}: not readable ({e.strerror}), expected the checkpoint's configuration") from e
+    except ValueError as e:
+        raise CheckpointError(f"{path}: not JSON ({e})") from e
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: a JSON {type(data).__name__}, expected an object")
+    return data

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from wsi_rt.export.corpus import CORPUS
-from wsi_rt.export.synthetic_bpe import synthetic_pieces, train_bpe
 from wsi_rt.export.tokenizer import synthetic_tokenizer, write_tokenizer
+from wsi_rt.export.tokenizer.corpus import CORPUS
+from wsi_rt.export.tokenizer.synthetic_bpe import synthetic_pieces, train_bpe
 from wsi_rt.runtime.errors import CheckpointError
 from wsi_rt.runtime.llm.tokenizer import Tokenizer
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared"
+SHARED = Path(__file__).resolve().parents[3].parent / "shared"
 MODEL = SHARED / "data/llm/llama2_tokenizer.model"
 STRINGS = (
     "",

@@ -17,14 +17,15 @@ load_file = pytest.importorskip("safetensors.numpy", reason="the export extra is
 
 from wsi_rt.export.arch import LlamaConfig, ProjectorConfig  # noqa: E402
 from wsi_rt.export.build import BuildRequest, build_engines, is_up_to_date, plan_build  # noqa: E402
-from wsi_rt.export.checkpoint import Sources, llama_config, projector_config, resolve  # noqa: E402
 from wsi_rt.export.models import reference_model  # noqa: E402
-from wsi_rt.export.synthetic import SyntheticSource, uniform  # noqa: E402
-from wsi_rt.export.weights import SafetensorsSource  # noqa: E402
+from wsi_rt.export.sources.checkpoint import Sources, resolve  # noqa: E402
+from wsi_rt.export.sources.files import SafetensorsSource  # noqa: E402
+from wsi_rt.export.sources.llava import llama_config, projector_config  # noqa: E402
+from wsi_rt.export.sources.synthetic import SyntheticSource, uniform  # noqa: E402
 from wsi_rt.runtime.bundle import Bundle  # noqa: E402
 from wsi_rt.runtime.errors import CheckpointError, InputError  # noqa: E402
 
-SHARED_TOKENIZER = Path(__file__).resolve().parents[2].parent / "shared/data/llm/llama2_tokenizer.model"
+SHARED_TOKENIZER = Path(__file__).resolve().parents[3].parent / "shared/data/llm/llama2_tokenizer.model"
 
 
 def all_of(checkpoint) -> Sources:
@@ -451,6 +452,20 @@ def test_projector_kinds(tmp_path):
         config = ProjectorConfig(widths)
         assert config.kind == kind
         assert projector_config(SyntheticSource(config, "tiny", 0)) == config
+
+
+def test_identity_projector(checkpoint, tmp_path):
+    """Named by the configuration, since there are no weights to tell; slide tokens are the embeddings then."""
+    folder, hidden = tmp_path / "identity", checkpoint.preset.llm.hidden
+    checkpoint.write_base(folder)
+    sources = Sources(llava=str(folder))
+    refused(sources, tmp_path / "bundle", "no model.mm_projector.weight")
+    checkpoint.write_base(folder, mm_projector_type="identity")
+    manifest = build(sources, tmp_path / "bundle", components=("projector",))
+    assert manifest.components["projector"].config["widths"] == [hidden]
+    with Bundle.open(tmp_path / "bundle", 1).engine("projector") as engine:
+        x = np.random.default_rng(0).normal(size=(7, hidden)).astype(np.float32)
+        assert np.array_equal(engine.run({"tokens": x})["embeds"], x)
 
 
 def test_vicuna_config():

@@ -18,11 +18,12 @@ from wsi_rt.export.arch import IMAGENET_MEAN, IMAGENET_STD, LongNetConfig, ViTCo
 from wsi_rt.export.graphs import tile_encoder  # noqa: E402
 from wsi_rt.export.graphs.builder import check_model  # noqa: E402
 from wsi_rt.export.models import reference_model  # noqa: E402
-from wsi_rt.export.timm_vit import describe_timm, load_timm_directory  # noqa: E402
-from wsi_rt.export.weights import SafetensorsSource, check_tensors  # noqa: E402
+from wsi_rt.export.sources.files import SafetensorsSource  # noqa: E402
+from wsi_rt.export.sources.timm_vit import describe_timm, load_timm_directory  # noqa: E402
+from wsi_rt.export.sources.weights import check_tensors  # noqa: E402
 from wsi_rt.runtime.errors import CheckpointError, MissingDependencyError  # noqa: E402
 
-TILES = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "tiles"
+TILES = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "tiles"
 TOLERANCE = 1e-4
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
@@ -165,6 +166,16 @@ def test_unpacked_swiglu_equals_timm(timm, tmp_path, tiles, ort_run):
         assert np.abs(reference_model(config, source)(torch.from_numpy(tiles)).numpy() - expected).max() <= TOLERANCE
     tile_encoder.build(config, source, tmp_path / "model.onnx")
     assert np.abs(ort_run(tmp_path / "model.onnx", {"tiles": tiles})["features"] - expected).max() <= TOLERANCE
+
+
+def test_a_packed_swiglu_that_only_code_names(timm, tmp_path, tiles, ort_run):
+    """Virchow's and UNI 2's config.json name the plain model; their cards pass mlp_layer and act_layer in code."""
+    name, args = "vit_small_patch14_dinov2", {"depth": 2, "img_size": 224, "mlp_ratio": 5.33334}
+    packed = {"mlp_layer": timm.layers.SwiGLUPacked, "act_layer": torch.nn.SiLU}
+    model = timm.create_model(name, num_classes=0, **args, **packed)
+    randomise(model)
+    config = same_outputs(save(tmp_path / name, model, name, args), model, tiles, ort_run)
+    assert (config.mlp, config.act) == ("swiglu_packed", "silu")
 
 
 def test_statistics_come_from_the_checkpoint(timm, tmp_path, tiles, ort_run):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from wsi_rt.export.arch import IMAGENET_MEAN, IMAGENET_STD, Shapes, ViTConfig
-from wsi_rt.export.weights import F32, Renamed, SafetensorsSource, WeightSource
+from wsi_rt.export.sources.files import SafetensorsSource
+from wsi_rt.export.sources.weights import F32, Renamed, WeightSource
 from wsi_rt.runtime.errors import CheckpointError, MissingDependencyError
 from wsi_rt.runtime.types import TILE_PX
 
@@ -52,7 +54,17 @@ def load_timm_directory(path: Path) -> tuple[ViTConfig, WeightSource]:
             "(positions are resampled as timm does)"
         )
     weights = Renamed(SafetensorsSource.open(path), lambda n: None if n.startswith("head.") else n)
+    config = _fit_mlp(config, weights.shapes())
     return config, _Resampled(weights, config)
+
+
+def _fit_mlp(config: ViTConfig, shapes: Shapes) -> ViTConfig:
+    """The MLP as the weights have it. Some published encoders (Virchow, UNI 2) name theirs only in their model
+    card's code: a first layer twice as wide as the second's input is timm's SwiGLUPacked with SiLU."""
+    fc1, fc2 = shapes.get("blocks.0.mlp.fc1.weight"), shapes.get("blocks.0.mlp.fc2.weight")
+    if config.mlp != "mlp" or fc1 is None or fc2 is None or fc1[0] != 2 * fc2[-1]:
+        return config
+    return replace(config, mlp="swiglu_packed", act="silu", mlp_hidden=fc2[-1])
 
 
 def _statistics(pretrained: dict[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from wsi_rt.export.corpus import CORPUS
-from wsi_rt.export.synthetic_bpe import BYTE_PIECES, SPECIALS, synthetic_pieces
+from wsi_rt.export.tokenizer.corpus import CORPUS
+from wsi_rt.export.tokenizer.synthetic_bpe import BYTE_PIECES, SPECIALS, synthetic_pieces
 from wsi_rt.runtime.errors import CheckpointError, MissingDependencyError
 from wsi_rt.runtime.llm.tokenizer import CONFIG_FILE, TOKENIZER_FILE
 
@@ -40,7 +40,7 @@ def write_tokenizer(source: Path | str, out_dir: Path | str) -> dict[str, Any]:
 def synthetic_tokenizer(out_dir: Path | str, vocab_size: int = 2048) -> dict[str, Any]:
     """Write a Llama-style tokenizer of exactly `vocab_size` tokens; the same bytes on every run and machine.
 
-    Merges are trained on export/corpus.py. Returns what tokenizer_config.json holds. CheckpointError: a size that
+    Merges are trained on corpus.py. Returns what tokenizer_config.json holds. CheckpointError: a size that
     cannot be made.
     """
     pieces, merges = synthetic_pieces(vocab_size)

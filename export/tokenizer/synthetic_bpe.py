@@ -1,6 +1,6 @@
 """The pieces of a synthetic Llama-style vocabulary; the same on every machine.
 
-Byte-pair training in a few lines (ties go to the smaller pair) on export/corpus.py.
+Byte-pair training in a few lines (ties go to the smaller pair) on corpus.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
 
-from wsi_rt.export.corpus import CORPUS
+from wsi_rt.export.tokenizer.corpus import CORPUS
 from wsi_rt.runtime.errors import CheckpointError
 
 _SPACE = "\u2581"

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_rt.export.arch import ComponentConfig, Shapes
-from wsi_rt.export.weights import F32, WeightSource
+from wsi_rt.export.sources.weights import F32, WeightSource
 from wsi_rt.runtime.errors import CheckpointError
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)

@@ -1,0 +1,110 @@
+"""LLaVA directories -> projector and language model (SPEC 4, 5, 6)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from wsi_rt.export.arch import LlamaConfig, ProjectorConfig
+from wsi_rt.export.sources.files import SafetensorsSource, read_json_object
+from wsi_rt.export.sources.weights import Overlay, Part, Renamed, WeightSource
+from wsi_rt.runtime.errors import CheckpointError
+
+
+def load_llava(path: Path, base: Path | None) -> dict[str, Part]:
+    """A merged LLaVA directory, or projector weights over a base directory (SPEC 6 a, c)."""
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or folder, expected a LLaVA checkpoint")
+    if path.is_dir() and (path / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{path}: a LoRA adapter, which this version does not merge; merge it into its base first"
+        )
+    source: WeightSource = _llava_weights(path)
+    if base is not None:
+        source = Overlay(source, _llava_weights(base))
+    data = read_json_object((base or path) / "config.json")
+    config = llama_config(data, str(base or path))
+    projector, llm = Renamed(source, _projector_name), Renamed(source, _llm_name)
+    identity = data.get("mm_projector_type") == "identity" and not projector.shapes()
+    widths = ProjectorConfig((config.hidden,)) if identity else projector_config(projector)
+    ignored = len(source.shapes()) - len(projector.shapes()) - len(llm.shapes())
+    return {"projector": Part(widths, projector), "llm": Part(config, llm, ignored)}
+
+
+def _llava_weights(path: Path) -> WeightSource:
+    try:
+        return SafetensorsSource.open(path)
+    except CheckpointError as e:
+        if path.is_dir() and any(path.glob("*.bin")):
+            raise CheckpointError(f"{path}: holds .bin weights; this version reads .safetensors only") from e
+        raise
+
+
+def _projector_name(name: str) -> str | None:
+    """mm_projector tensors, with or without the `model.` that projector-only files leave out."""
+    if name.startswith("mm_projector."):
+        return f"model.{name}"
+    return name if name.startswith("model.mm_projector.") else None
+
+
+def _llm_name(name: str) -> str | None:
+    """Everything but the projector, the unused CLIP tower and tables older releases stored."""
+    other = _projector_name(name) or name.startswith(("model.vision_tower.", "model.image_newline"))
+    return None if other or name.endswith("rotary_emb.inv_freq") else name
+
+
+def projector_config(source: WeightSource) -> ProjectorConfig:
+    """From the weights' shapes; a config's mm_hidden_size is wrong in some releases (SPEC 4)."""
+    shapes = source.shapes()
+    layers = sorted({int(m[1]) for n in shapes if (m := re.search(r"\.(\d+)\.(?:weight|bias)$", n))})
+    weights = [f"model.mm_projector.{i}.weight" for i in layers] or ["model.mm_projector.weight"]
+    missing = [n for n in weights if len(shapes.get(n, ())) != 2]
+    if missing:
+        raise CheckpointError(f"{source.label}: no {missing[0]} of a linear or mlp projector (missing or misshapen)")
+    return ProjectorConfig((shapes[weights[0]][1], *(shapes[n][0] for n in weights)))
+
+
+def llama_config(data: Mapping[str, Any], label: str) -> LlamaConfig:
+    """A Hugging Face `config.json` -> LlamaConfig; raises CheckpointError naming what is not supported."""
+    kind = data.get("model_type")
+    if kind not in {"llama", "llava", "llava_llama"}:
+        raise CheckpointError(f"{label}: language model {kind!r} is not supported, expected llama (or llava over it)")
+    rope_name = "rope_parameters" if data.get("rope_parameters") else "rope_scaling"
+    rope = data.get(rope_name) or {}
+    if not isinstance(rope, dict):
+        raise CheckpointError(f"{label}: {rope_name} = {rope!r} in config.json is not an object")
+    refused = {
+        rope_name: rope.get("rope_type", rope.get("type", "default")) != "default",
+        "attention_bias": data.get("attention_bias", False),
+        "mlp_bias": data.get("mlp_bias", False),
+        "hidden_act": data.get("hidden_act", "silu") != "silu",
+        "sliding_window": data.get("sliding_window") is not None,
+    }
+    if any(refused.values()):
+        names = [f"{n} = {data.get(n)!r}" for n, bad in refused.items() if bad]
+        raise CheckpointError(f"{label}: {', '.join(names)} in config.json is not supported")
+    try:
+        heads = int(data["num_attention_heads"])
+        kv_heads = int(data.get("num_key_value_heads") or heads)
+        head_width = int(data.get("head_dim") or int(data["hidden_size"]) // heads)
+        if heads % kv_heads:
+            raise ValueError(f"num_key_value_heads: {kv_heads} for {heads} heads")
+        if head_width < 1 or head_width % 16:  # onnxruntime's GroupQueryAttention
+            raise ValueError(f"head_dim: {head_width}, expected a multiple of 16")
+        return LlamaConfig(
+            hidden=int(data["hidden_size"]),
+            layers=int(data["num_hidden_layers"]),
+            heads=heads,
+            kv_heads=kv_heads,
+            head_width=head_width,
+            ffn=int(data["intermediate_size"]),
+            vocab=int(data["vocab_size"]),
+            context=int(data["max_position_embeddings"]),
+            rms_eps=float(data["rms_norm_eps"]),
+            rope_theta=float(rope.get("rope_theta", data.get("rope_theta", 10000.0))),
+            tied_embeddings=bool(data.get("tie_word_embeddings", False)),
+        )
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as e:
+        raise CheckpointError(f"{label}: config.json lacks or garbles {e}") from e
