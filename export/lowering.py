@@ -11,6 +11,8 @@ from pathlib import Path
 
 import onnxruntime as ort
 
+from wsi_rt.runtime.errors import MissingDependencyError
+
 
 def lower_ort_cpu(portable: Path, lowered: Path, threads: int = 0) -> None:
     """Writes `lowered` and `weights.data` beside it. threads 0: onnxruntime's default."""
@@ -22,4 +24,8 @@ def lower_ort_cpu(portable: Path, lowered: Path, threads: int = 0) -> None:
     options.optimized_model_filepath = str(lowered)
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.data")
     options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
-    ort.InferenceSession(str(portable), options, providers=["CPUExecutionProvider"])
+    try:
+        ort.InferenceSession(str(portable), options, providers=["CPUExecutionProvider"])
+    except Exception as e:  # onnxruntime's own classes; a full disk comes as one of them, without its errno
+        reason = str(e).splitlines()[0]
+        raise MissingDependencyError(f"onnxruntime cannot write {lowered} ({reason}): is the disk full?") from e

@@ -7,7 +7,6 @@ kill releases: a later build takes the lock, clears what is left and goes on.
 from __future__ import annotations
 
 import ctypes
-import errno
 import fcntl
 import os
 import shutil
@@ -15,7 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from wsi_rt.runtime.errors import InputError, MissingDependencyError
+from wsi_rt.runtime.atomic import plain_os_error
+from wsi_rt.runtime.errors import InputError
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -29,19 +29,20 @@ def staged_directory(target: Path) -> Iterator[Path]:
     another process is building the same target, MissingDependencyError when the disk is full or the place
     not writable.
     """
+    target = Path(os.path.realpath(target))  # "." has no name, and a link is written through
     work = target.parent / f".{target.name}.building"
     created = [p for p in (target.parent, *target.parent.parents) if not p.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = _lock(work, target)
     except OSError as e:
-        raise _plain(e, target) from e
+        raise plain_os_error(e, target) from e
     try:
         _clear(work)
         yield work
         _swap_in(work, target)
     except OSError as e:
-        raise _plain(e, target) from e
+        raise plain_os_error(e, target) from e
     finally:
         if _is_at(lock, work):  # after a swap that path is free, or another build's
             shutil.rmtree(work, ignore_errors=True)
@@ -106,13 +107,3 @@ def _swap_in(work: Path, target: Path) -> None:
         aside.rename(target)
         raise
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def _plain(e: OSError, target: Path) -> Exception:
-    if e.errno in {errno.ENOSPC, errno.EDQUOT}:
-        return MissingDependencyError(f"{target}: the disk is full; free space or choose another --out")
-    if e.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
-        return MissingDependencyError(f"{target}: not writable ({e.strerror}); choose another --out")
-    if e.errno in {errno.ENOTDIR, errno.EEXIST}:
-        return InputError(f"{target}: a file stands in the way ({e.strerror}); choose another --out")
-    return MissingDependencyError(f"{target}: {e.strerror or e}")

@@ -40,6 +40,8 @@ SLIDE = options(
     click.option(
         "--position-tile", type=int, help="Divisor of the position grid in level-0 px (GigaPath's code: 256)."
     ),
+    click.option("--patch-size-level0", type=int, help="For an .h5 that does not say: tile edge in level-0 px."),
+    click.option("--keep-order", is_flag=True, help="Leave an .h5's tiles in the file's order (default: row-major)."),
 )
 
 

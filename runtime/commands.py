@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from wsi_rt.runtime.config import SlideSettings
 from wsi_rt.runtime.errors import InputError, MissingDependencyError, ParityError
 from wsi_rt.runtime.progress import Progress
 
-SLIDE_FLAGS = ("mpp", "target_mpp", "allow_upsample", "position_tile")
+SLIDE_FLAGS = tuple(f.name for f in fields(SlideSettings))
 
 
 def build(
@@ -177,7 +178,6 @@ def ask(
         answer = pipeline.ask(
             source, question, settings, slide, on_text=None if as_json else stream, on_progress=progress.update
         )
-        synthetic = pipeline.bundle.manifest.source["synthetic"]
     if as_json:
         click.echo(json.dumps(answer.to_json(), indent=1))
         return
@@ -186,8 +186,6 @@ def ask(
     generated, decode_s = len(answer.token_ids), answer.timings_ms["decode"] / 1e3
     rate = f", {(generated - 1) / decode_s:.1f} tokens/s" if generated > 1 and decode_s > 0 else ""
     click.echo(f"answer: {generated} tokens{rate}, stopped by {answer.stop_reason}", err=True)
-    if synthetic:
-        click.echo("note: these engines hold synthetic weights; the answer has no meaning", err=True)
 
 
 def _for_terminal(text: str) -> str:

@@ -71,20 +71,25 @@ class GenerationSettings:
 
 @dataclass(frozen=True)
 class SlideSettings:
-    """How a slide is read. `mpp` overrides the slide's level-0 um/px; `position_tile` overrides the
-    divisor of the position grid (None: patch_size_level0; GigaPath's own code uses 256)."""
+    """How an input is read.
+
+    Slides: `mpp` overrides the level-0 um/px. Slides and tile features: `position_tile` overrides the divisor
+    of the position grid (None: patch_size_level0; GigaPath's own code uses 256). Tile features:
+    `patch_size_level0` overrides what the file says, `keep_order` leaves its tiles in the file's order.
+    """
 
     mpp: float | None = None
     target_mpp: float = 0.5
     allow_upsample: bool = False
     position_tile: int | None = None
+    patch_size_level0: int | None = None
+    keep_order: bool = False
 
     def __post_init__(self) -> None:
         for flag, value in (("--mpp", self.mpp), ("--target-mpp", self.target_mpp)):
             _require(value is None or 0.05 <= value <= 100, flag, value, "um/px between 0.05 and 100")
-        _require(
-            self.position_tile is None or self.position_tile >= 1, "--position-tile", self.position_tile, "1 or more"
-        )
+        for flag, px in (("--position-tile", self.position_tile), ("--patch-size-level0", self.patch_size_level0)):
+            _require(px is None or px >= 1, flag, px, "1 or more level-0 px")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

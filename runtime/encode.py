@@ -31,15 +31,20 @@ def input_kind(path: Path) -> Kind:
     return kinds.get(path.suffix.lower(), "slide")
 
 
+_KIND_TEXT = {"slide": "a slide", "tile_features": "a file of tile features", "slide_tokens": "a file of slide tokens"}
+# The settings that act on each kind of input.
+_ACTING: dict[Kind, set[str]] = {
+    "slide": {"mpp", "target_mpp", "allow_upsample", "position_tile"},
+    "tile_features": {"position_tile", "patch_size_level0", "keep_order"},
+    "slide_tokens": set(),
+}
+
+
 def ignored_settings(kind: Kind, settings: SlideSettings) -> tuple[str, ...]:
-    """A note naming the settings that were chosen but have nothing to act on in a file of features or tokens."""
-    if kind == "slide":
-        return ()
-    chosen = {k: v for k, v in settings.to_json().items() if v != getattr(SlideSettings, k)}
-    if kind == "tile_features":
-        chosen.pop("position_tile", None)  # acts on the slide encoder
-    flags = ", ".join(f"--{k.replace('_', '-')}" for k in chosen)
-    return (f"{flags} given, but the file holds {kind.replace('_', ' ')} already: no effect",) if chosen else ()
+    """A note naming the settings that were chosen but have nothing to act on in this kind of input."""
+    chosen = {k for k, v in settings.to_json().items() if v != getattr(SlideSettings, k)} - _ACTING[kind]
+    flags = ", ".join(f"--{k.replace('_', '-')}" for k in sorted(chosen))
+    return (f"{flags} given, but the input is {_KIND_TEXT[kind]}: no effect",) if chosen else ()
 
 
 @dataclass(frozen=True)
@@ -87,9 +92,9 @@ def encode_tiles(
         return Encoded(None, features, tiles, reader.ref, tuple(reader.notes))
 
 
-def load_tiles(path: Path) -> Encoded:
-    """Tile features of an `.h5` file, sorted to row-major order (noted when that moved any)."""
-    features = read_tile_features(path)
+def load_tiles(path: Path, settings: SlideSettings) -> Encoded:
+    """Tile features of an `.h5` file, sorted to row-major order (noted when that moved any) unless told not to."""
+    features = read_tile_features(path, sort=not settings.keep_order, patch_size_level0=settings.patch_size_level0)
     tiles = {"grid": features.grid.cells, "kept": len(features.grid), "failed": 0, "distinct_tokens": None}
     return Encoded(None, features, tiles, notes=features.notes)
 

@@ -86,14 +86,13 @@ class Pipeline:
             raise FeatureFileError(f"{path}: {what}, expected a slide, an .h5 of tile features or a .pt of tokens")
         if kind == "slide_tokens":
             encoded = load_tokens(path, *self._token_widths())
-            return replace(encoded, notes=(*ignored_settings(kind, settings), *encoded.notes))
-        if kind == "tile_features":
-            encoded = load_tiles(path)
-            encoded = replace(encoded, notes=(*ignored_settings(kind, settings), *encoded.notes))
+        elif kind == "tile_features":
+            encoded = load_tiles(path, settings)
         else:
             encoder = self._engine("tile_encoder")
             encoded = encode_tiles(path, settings, encoder, self.bundle.threads, clock, on_progress)
-        if tokens:
+        encoded = replace(encoded, notes=(*ignored_settings(kind, settings), *encoded.notes))
+        if tokens and encoded.tokens is None:
             on_progress("slide encoder", 0, 1)
             encoded = encode_tokens(encoded, settings.position_tile, self._engine("slide_encoder"), clock)
             on_progress("slide encoder", 1, 1)
@@ -144,7 +143,7 @@ class Pipeline:
             tiles=encoded.tiles,
             engines={name: c.digest for name, c in self.bundle.manifest.components.items()},
             settings={**settings.to_json(), "slide": self._slide_settings(encoded, slide_settings), **self._machine()},
-            notes=(*encoded.notes, *generation.notes),
+            notes=(*encoded.notes, *generation.notes, *self._weights_note()),
         )
 
     def default_generation(self) -> GenerationSettings:
@@ -245,6 +244,10 @@ class Pipeline:
         if encoded.tokens is not None:
             out["position_tile"] = encoded.tokens.provenance.settings.get("position_tile", settings.position_tile)
         return out
+
+    def _weights_note(self) -> tuple[str, ...]:
+        synthetic = self.bundle.manifest.source["synthetic"]
+        return ("these engines hold synthetic weights; the answer has no meaning",) if synthetic else ()
 
     def _machine(self) -> dict[str, object]:
         manifest = self.bundle.manifest

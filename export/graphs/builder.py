@@ -47,7 +47,7 @@ class WeightFile:
             with self.path.open("ab") as f:
                 offset = f.tell() + (-f.tell() % _ALIGN)
                 f.write(b"\0" * (offset - f.tell()))
-                array.tofile(f)
+                f.write(array.data)  # tofile() would hide the errno of a full disk
             entries = {"location": self.path.name, "offset": str(offset), "length": str(array.nbytes)}
             for key, value in entries.items():
                 tensor.external_data.add(key=key, value=value)

@@ -73,6 +73,8 @@ def resolve(sources: Sources) -> Checkpoint:
     if sources.llava and sources.llava.startswith("synthetic:"):
         synthetic = True
         parts |= {name: _synthetic(sources.llava, name) for name in (PROJECTOR, LLM)}
+        if sources.llava_base:
+            raise CheckpointError(f"--llava-base {sources.llava_base} goes with projector weights, not {sources.llava}")
     elif sources.llava:
         base = Path(sources.llava_base) if sources.llava_base else None
         parts |= load_llava(Path(sources.llava), base)

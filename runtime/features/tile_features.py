@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from wsi_rt.runtime.atomic import atomic_write
 from wsi_rt.runtime.errors import FeatureFileError
-from wsi_rt.runtime.features.atomic import atomic_write
 from wsi_rt.runtime.features.stamp import STAMP, claimed_provenance, dump_stamp, load_stamp
 from wsi_rt.runtime.features.tile_h5 import read_raw
 from wsi_rt.runtime.types import TILE_PX, TileFeatures, TileGrid

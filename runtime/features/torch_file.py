@@ -18,8 +18,8 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from wsi_rt.runtime.atomic import atomic_write
 from wsi_rt.runtime.errors import FeatureFileError
-from wsi_rt.runtime.features.atomic import atomic_write
 from wsi_rt.runtime.features.torch_pickle import STORAGES, TensorRef, read_tensor_ref, shown
 
 MAX_TENSOR_BYTES = 1 << 30  # limit of the file and of the array read from it; slide tokens take 2.4 MB

@@ -101,34 +101,31 @@ class OpenSlideReader(SlideReader):
         self._handle = handle
 
     def _read(self, xy0: tuple[int, int], level: int, size: tuple[int, int]) -> NDArray[np.uint8]:
-        handle = self._handle
         try:
-            image = handle.read_region(xy0, level, size)
+            image = self._handle.read_region(xy0, level, size)
         except self._openslide.OpenSlideError:
-            image = self._read_again(handle, xy0, level, size)
+            image = self._read_again(xy0, level, size)
         return _on_white(image)
 
-    def _read_again(
-        self, failed: openslide.OpenSlide, xy0: tuple[int, int], level: int, size: tuple[int, int]
-    ) -> Image.Image:
-        """Read once more through a fresh handle.
+    def _read_again(self, xy0: tuple[int, int], level: int, size: tuple[int, int]) -> Image.Image:
+        """Read once more through a fresh handle that no other thread has.
 
         OpenSlide latches errors: after one bad region every later read of that handle fails too,
-        from any thread, with the first error's text. Only a fresh handle tells whether *this* region
-        is bad, so that the error names the right place. The old handle is left to its last user.
+        from any thread, with the first error's text. Only a private fresh handle tells whether *this*
+        region is bad, so that the error names the right place. A handle that reads it serves from
+        then on; the old one is left to whoever still reads from it.
         """
-        try:
-            with self._lock:
-                if self._handle is failed:
-                    self._handle = _open_handle(self._openslide, self.path)
-                handle = self._handle
-            image = handle.read_region(xy0, level, size)
-        except self._openslide.OpenSlideError as error:
-            raise SlideError(
-                f"{self.path}: {size[0]} x {size[1]} px at level {level}, level-0 position {xy0} cannot be read "
-                f"({_one_line(error)}), expected an intact slide; download it again"
-            ) from error
         with self._lock:
+            handle = _open_handle(self._openslide, self.path)
+            try:
+                image = handle.read_region(xy0, level, size)
+            except self._openslide.OpenSlideError as error:
+                handle.close()
+                raise SlideError(
+                    f"{self.path}: {size[0]} x {size[1]} px at level {level}, level-0 position {xy0} cannot be read "
+                    f"({_one_line(error)}), expected an intact slide; download it again"
+                ) from error
+            self._handle = handle
             self.rereads += 1
         return image
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi_rt.runtime.errors import InputError, MissingDependencyError
+from wsi_rt.runtime.atomic import atomic_write
+from wsi_rt.runtime.errors import InputError
 from wsi_rt.runtime.slides.stain import TissuePainter
 from wsi_rt.runtime.slides.tiff import COMPRESSIONS, JPEG_QUALITY, PyramidWriter, encode_tile
 
@@ -53,19 +52,10 @@ def write_synth_slide(
         f"|AppMag = {10 / mpp:.3g}|MPP = {mpp:.6g}"
     )
     painter = TissuePainter(width, height, mpp, seed, tissue)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            writer = PyramidWriter(file, sizes, tile, compression, description)
-            _Cascade(writer, sizes, tuple(levels), tile, compression).run(painter, on_progress)
-            writer.finish()
-        os.replace(temporary, path)
-    except OSError as error:
-        raise MissingDependencyError(
-            f"{path}: cannot be written ({error.strerror}), expected a writable folder with enough free space"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        writer = PyramidWriter(file, sizes, tile, compression, description)
+        _Cascade(writer, sizes, tuple(levels), tile, compression).run(painter, on_progress)
+        writer.finish()
     return path
 
 

@@ -179,10 +179,10 @@ def test_what_a_killed_build_left_is_cleared(target):
 @pytest.mark.parametrize(
     ("code", "kind", "words"),
     [
-        (errno.ENOSPC, MissingDependencyError, "the disk is full"),
-        (errno.EDQUOT, MissingDependencyError, "the disk is full"),
-        (errno.EROFS, MissingDependencyError, "not writable"),
-        (errno.EACCES, MissingDependencyError, "not writable"),
+        (errno.ENOSPC, MissingDependencyError, "no room to write"),
+        (errno.EDQUOT, MissingDependencyError, "no room to write"),
+        (errno.EROFS, MissingDependencyError, "cannot write"),
+        (errno.EACCES, MissingDependencyError, "cannot write"),
         (errno.EIO, MissingDependencyError, "Input/output error"),
     ],
 )
@@ -196,7 +196,7 @@ def test_os_errors_are_told_in_one_line(target, code, kind, words):
 @pytest.mark.parametrize("name", ["file", "file/bundle", "file/x/bundle"])
 def test_a_file_in_the_way(tmp_path, name):
     (tmp_path / "file").write_text("keep")
-    with pytest.raises(InputError, match="a file stands in the way"), staged_directory(tmp_path / name) as work:
+    with pytest.raises(InputError, match="something stands in the way"), staged_directory(tmp_path / name) as work:
         fill(work, "new")
     assert content(tmp_path) == {"file": "keep"}
 
@@ -234,3 +234,16 @@ def test_sigkill_at_any_moment(tmp_path):
         fill(work, "last")
     assert content(target) == whole("last")
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_the_current_folder_and_links(tmp_path, monkeypatch):
+    """`--out .` in an empty folder, and a link to the place where bundles live."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to("here")
+    monkeypatch.chdir(tmp_path / "here")
+    for target in (Path(), tmp_path / "link"):
+        with staged_directory(target) as work:
+            (work / "file").write_text(str(target))
+        assert (tmp_path / "here" / "file").read_text() == str(target)
+        assert (tmp_path / "link").is_symlink()
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["here", "link"]

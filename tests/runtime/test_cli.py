@@ -298,7 +298,7 @@ def test_encode_refuses_the_place_before_the_work(
 def test_a_folder_that_cannot_be_written(refused: Run, here: Path, nano_bundle: Path, tokens_file: Path) -> None:
     (here / "closed").mkdir(mode=0o555)
     refused(3, "not writable", "encode", tokens_file, "--engines", nano_bundle, "--out", "closed/x.pt")
-    refused(3, "not writable", "build-engines", "--checkpoint", "synthetic:nano", "--out", "closed/bundle")
+    refused(3, "cannot write", "build-engines", "--checkpoint", "synthetic:nano", "--out", "closed/bundle")
 
 
 def test_a_bundle_cannot_go_where_something_else_is(refused: Run, here: Path, export_extra: None) -> None:
@@ -307,7 +307,7 @@ def test_a_bundle_cannot_go_where_something_else_is(refused: Run, here: Path, ex
     (here / "folder" / "mine").write_text("mine")
     build = ("build-engines", "--checkpoint", "synthetic:nano", "--components", "projector", "--out")
     refused(2, "no engine bundle; choose another --out", *build, "file")
-    refused(2, "a file stands in the way", *build, "file/bundle")
+    refused(2, "something stands in the way", *build, "file/bundle")
     refused(2, "no engine bundle; choose another --out", *build, "folder")
     refused(2, "no engine bundle; choose another --out", *build, "folder", "--force")
     refused(3, "/proc", *build, "/proc/bundle")
@@ -639,7 +639,7 @@ def test_ask_as_text(wsi_rt_process: Run, nano_bundle: Path, slide: Path) -> Non
     assert tiles == "tiles: {kept} kept of {grid}, {distinct_tokens} distinct slide tokens".format(**answer["tiles"])
     assert ms.startswith("ms: open ")
     assert any(n.startswith("answer: 12 tokens") for n in notes)
-    assert notes[-1] == "note: these engines hold synthetic weights; the answer has no meaning"
+    assert "note: these engines hold synthetic weights; the answer has no meaning" in notes
 
 
 def test_encode_then_ask(wsi_rt: Run, nano_bundle: Path, slide: Path, here: Path) -> None:

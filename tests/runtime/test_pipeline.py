@@ -271,11 +271,40 @@ def test_questions_are_refused_before_the_slide_is_read(pipeline: Pipeline, tmp_
             pipeline.ask(tmp_path / "missing.svs", question, GREEDY)
 
 
+def test_features_that_do_not_say_their_tile_size(
+    pipeline: Pipeline, files: tuple[Path, Path], encoded: Encoded, tmp_path: Path
+) -> None:
+    """The error names the flag, and the flag works."""
+    path = tmp_path / "bare.h5"
+    with h5py.File(files[0]) as source, h5py.File(path, "w") as target:
+        for name in ("features", "coords"):
+            target[name] = source[name][()]
+    with pytest.raises(FeatureFileError, match="--patch-size-level0"):
+        pipeline.encode(path)
+    again = pipeline.encode(path, SlideSettings(patch_size_level0=256))
+    assert again.tokens is not None
+    assert encoded.tokens is not None
+    assert np.array_equal(again.tokens.tokens, encoded.tokens.tokens)
+
+
+def test_keep_order_leaves_the_order(pipeline: Pipeline, tmp_path: Path) -> None:
+    path = write_h5(tmp_path / "columns.h5", features_at([(0, 0), (0, 256), (256, 0), (256, 256)]))
+    kept, moved = (pipeline.encode(path, SlideSettings(keep_order=order)) for order in (True, False))
+    assert kept.features is not None
+    assert moved.features is not None
+    assert kept.features.grid.order == "file"
+    assert kept.features.grid.xy0.tolist() == [[0, 0], [0, 256], [256, 0], [256, 256]]
+    assert moved.features.grid.xy0.tolist() == [[0, 0], [256, 0], [0, 256], [256, 256]]
+    assert kept.tokens is not None
+    assert moved.tokens is not None
+    assert not np.array_equal(kept.tokens.tokens, moved.tokens.tokens)
+
+
 def test_settings_without_effect_are_told(pipeline: Pipeline, files: tuple[Path, Path]) -> None:
     settings = SlideSettings(mpp=0.25, position_tile=512)
     features, tokens = (pipeline.encode(f, settings).notes for f in files)
-    assert "--mpp given, but the file holds tile features already: no effect" in features
-    assert "--mpp, --position-tile given, but the file holds slide tokens already: no effect" in tokens
+    assert "--mpp given, but the input is a file of tile features: no effect" in features
+    assert "--mpp, --position-tile given, but the input is a file of slide tokens: no effect" in tokens
     assert not [n for f in files for n in pipeline.encode(f).notes if "no effect" in n]
 
 

@@ -425,6 +425,10 @@ def test_sources_that_are_not_there(tmp_path, monkeypatch, sources, words):
     refused(sources, tmp_path / "bundle", *words)
 
 
+def test_a_base_belongs_to_projector_weights(tmp_path):
+    refused(Sources(checkpoint="synthetic:nano", llava_base="base"), tmp_path / "bundle", "--llava-base base goes with")
+
+
 def test_flags_beside_the_checkpoint_win(checkpoint, tmp_path):
     other = tmp_path / "other.safetensors"
     checkpoint.save(other, checkpoint.tensors["slide_encoder"])

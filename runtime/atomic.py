@@ -13,7 +13,7 @@ from wsi_rt.runtime.errors import InputError, MissingDependencyError, WsiRtError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
-_BAD_PATH = {errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+_BAD_PATH = {errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EEXIST}
 
 
 @contextlib.contextmanager
@@ -25,7 +25,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     `path` is as it was. A symbolic link is written through, not replaced.
 
     Raises: MissingDependencyError (disk full, no permission, other I/O error), InputError (no such folder, `path` is a
-    folder). Other exceptions of the body pass unchanged.
+    folder or a device). Other exceptions of the body pass unchanged.
     """
     target = Path(os.path.realpath(path))
     # Not tempfile.mkstemp: its mode 0600 would survive the rename; open() honours the umask.
@@ -33,6 +33,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         if target.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if target.exists() and not target.is_file():  # a device or pipe: the rename would replace it for everyone
+            raise FileExistsError(errno.EEXIST, "no regular file")
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         yield temporary
         _sync(temporary, os.O_RDWR)
@@ -67,5 +69,5 @@ def plain_os_error(error: OSError, path: Path) -> WsiRtError:
     if error.errno == errno.ENOENT:
         return InputError(f"cannot write {path}: its folder does not exist; create it with `mkdir -p {path.parent}`")
     if error.errno in _BAD_PATH:
-        return InputError(f"cannot write {path} ({os.strerror(error.errno)}), expected the path of a file")
+        return InputError(f"cannot write {path} ({error.strerror}): something stands in the way, choose another path")
     return MissingDependencyError(f"cannot write {path} ({error.strerror or error}): choose another folder")

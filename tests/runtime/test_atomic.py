@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from wsi_rt.runtime.atomic import atomic_write
 from wsi_rt.runtime.errors import InputError, MissingDependencyError
-from wsi_rt.runtime.features import atomic_write, write_slide_tokens, write_tensor, write_tile_features
+from wsi_rt.runtime.features import write_slide_tokens, write_tensor, write_tile_features
 from wsi_rt.runtime.types import Provenance, SlideTokens, TileFeatures, TileGrid
 
 TOKENS = SlideTokens(np.ones((576, 256), np.float32), Provenance("x"))
@@ -148,3 +149,13 @@ def test_a_disk_that_fills_up(tmp_path, writer):
     assert done.stdout.startswith(f"no room to write {path}")
     assert done.stderr == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_device_or_pipe_is_not_replaced(tmp_path):
+    """As root a rename over /dev/null would take it from everyone."""
+    pipe = tmp_path / "pipe.pt"
+    os.mkfifo(pipe)
+    with pytest.raises(InputError, match="no regular file"):
+        write_slide_tokens(pipe, TOKENS)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert list(tmp_path.iterdir()) == [pipe]
