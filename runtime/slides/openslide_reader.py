@@ -116,11 +116,13 @@ class OpenSlideReader(SlideReader):
         then on; the old one is left to whoever still reads from it.
         """
         with self._lock:
-            handle = _open_handle(self._openslide, self.path)
+            handle = None
             try:
+                handle = _open_handle(self._openslide, self.path)
                 image = handle.read_region(xy0, level, size)
             except self._openslide.OpenSlideError as error:
-                handle.close()
+                if handle is not None:
+                    handle.close()
                 raise SlideError(
                     f"{self.path}: {size[0]} x {size[1]} px at level {level}, level-0 position {xy0} cannot be read "
                     f"({_one_line(error)}), expected an intact slide; download it again"
