@@ -1,7 +1,8 @@
 # Everything happens in .venv; nothing outside the checkout is touched.
 #
 #   make install          the full set: export with timm, tests, checks
-#   make install CPU=1    the same without timm, with the CPU torch of constraints/cpu.txt
+#   make install CPU=1    the same without timm, with the CPU torch of constraints/cpu.txt; where that build comes
+#                         from is up to PIP_FLAGS, e.g. PIP_FLAGS='--extra-index-url ...' with PyTorch's CPU index
 #   make demo             build engines and ask a real slide (ARGS=--json for JSON)
 #   make test             the tests, in parallel
 #   make test-slow        the slow and full-size ones too
@@ -10,9 +11,11 @@
 PYTHON ?= python3
 CPU ?=
 ARGS ?=
+PIP_FLAGS ?=
 CONSTRAINTS := constraints/$(if $(CPU),cpu,full).txt
 EXTRAS := $(if $(CPU),export-cpu,export),dev
 BIN := .venv/bin
+INSTALLED := .venv/installed-$(if $(CPU),cpu,full)
 ENGINES := out/nano
 SHARED_SLIDE := ../shared/data/slides/CMU-1-Small-Region.svs
 SYNTH_SLIDE := out/synth.svs
@@ -20,31 +23,32 @@ QUESTION := What is the histological grade, and which features support it?
 
 .PHONY: install demo test test-slow check format clean
 
-install: .venv/installed
+install: $(INSTALLED)
 
-.venv/installed: pyproject.toml setup.py $(CONSTRAINTS)
+$(INSTALLED): pyproject.toml setup.py $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
+	rm -f .venv/installed-*
 	touch $@
 
-$(SYNTH_SLIDE): | .venv/installed
-	mkdir -p out
-	$(BIN)/wsi-rt synth-slide --out $@
+$(SYNTH_SLIDE): | $(INSTALLED)
+	@mkdir -p out
+	@$(BIN)/wsi-rt synth-slide --out $@ >&2
 
 # The shared slide where the checkout has one beside it, else one the project writes itself.
 SLIDE := $(if $(wildcard $(SHARED_SLIDE)),$(SHARED_SLIDE),$(SYNTH_SLIDE))
 
-demo: .venv/installed $(if $(wildcard $(SHARED_SLIDE)),,$(SYNTH_SLIDE))
-	$(BIN)/wsi-rt build-engines --checkpoint 'synthetic:nano?seed=0' --out $(ENGINES) --force
-	$(BIN)/wsi-rt ask '$(SLIDE)' '$(QUESTION)' --engines $(ENGINES) --max-new-tokens 64 $(ARGS)
+demo: $(INSTALLED) $(if $(wildcard $(SHARED_SLIDE)),,$(SYNTH_SLIDE))
+	@$(BIN)/wsi-rt build-engines --checkpoint 'synthetic:nano?seed=0' --out $(ENGINES) --force
+	@$(BIN)/wsi-rt ask '$(SLIDE)' '$(QUESTION)' --engines $(ENGINES) --max-new-tokens 64 $(ARGS)
 
-test: .venv/installed
+test: $(INSTALLED)
 	$(BIN)/pytest -n 2 -m 'not slow'
 
-test-slow: .venv/installed
+test-slow: $(INSTALLED)
 	$(BIN)/pytest -n 2
 
-check: .venv/installed
+check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	mkdir -p .types/wsi_rt
@@ -52,7 +56,7 @@ check: .venv/installed
 	MYPYPATH=.types $(BIN)/mypy --namespace-packages --explicit-package-bases \
 		-p wsi_rt.kernels -p wsi_rt.runtime -p wsi_rt.export
 
-format: .venv/installed
+format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

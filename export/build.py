@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
+import os
 import platform
+import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -17,16 +20,19 @@ from wsi_rt.export.precision import parse_precision
 from wsi_rt.export.sources.checkpoint import Checkpoint, Sources, resolve
 from wsi_rt.export.sources.weights import Part
 from wsi_rt.export.staging import staged_directory
+from wsi_rt.export.targets import lowering
 from wsi_rt.runtime import manifest as m
-from wsi_rt.runtime.bundle import STAMP_NAME, Bundle, write_stamp
-from wsi_rt.runtime.config import GenerationSettings
+from wsi_rt.runtime.atomic import plain_os_error
+from wsi_rt.runtime.bundle import STAMP_NAME, Bundle, stamp_file, write_stamp
+from wsi_rt.runtime.config import TARGET_MPP, GenerationSettings
 from wsi_rt.runtime.engines.registry import backend
-from wsi_rt.runtime.errors import InputError, MissingDependencyError, WsiRtError
+from wsi_rt.runtime.errors import InputError, MachineError
 from wsi_rt.runtime.hashing import sha256_file, sha256_json
 from wsi_rt.runtime.threads import resolve_threads
 from wsi_rt.runtime.types import TILE_PX
 
 TOOLCHAIN = ("wsi-rt", "onnx", "onnxruntime", "torch", "transformers", "numpy")
+TOKENIZER = "tokenizer"  # its folder in the bundle
 OnStep = Callable[[str], None]
 
 
@@ -42,13 +48,25 @@ class BuildRequest:
     force: bool = False
     threads: int | None = None
 
+    def arguments(self) -> str:
+        """The flags, but for --out and --components, that ask for the same from any folder."""
+        words = {
+            k: v if not v or v.startswith("synthetic:") else os.path.abspath(v) for k, v in vars(self.sources).items()
+        }
+        given = [Sources(**words).arguments()]
+        given += [f"--target {shlex.quote(self.target)}"] if self.target != BuildRequest.target else []
+        given += [f"--precision {shlex.quote(self.precision)}"] if self.precision is not None else []
+        return " ".join(given)
+
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """The request, resolved and checked; nothing is loaded or written yet."""
+    """The request, resolved and checked; nothing is loaded or written yet. `available`: every component that the
+    checkpoint holds, built or not."""
 
     request: BuildRequest
     checkpoint: Checkpoint
+    available: tuple[str, ...]
     precision: Mapping[str, str]
     threads: int
     tokenizer: Mapping[str, Any]  # what its conversion gives; empty without a language model
@@ -88,8 +106,10 @@ def code_digest() -> str:
 
 def plan_build(request: BuildRequest) -> BuildPlan:
     """Resolve sources and flags. Raises WsiRtError subclasses; writes nothing."""
+    lowering(request.target)
     backend(request.target)
     checkpoint = resolve(request.sources)
+    available = tuple(checkpoint.parts)
     wanted = request.components or tuple(checkpoint.parts)
     missing = [n for n in wanted if n not in checkpoint.parts]
     if missing:
@@ -100,43 +120,52 @@ def plan_build(request: BuildRequest) -> BuildPlan:
     checkpoint = replace(checkpoint, parts=parts)
     with TemporaryDirectory() as aside:  # a tokenizer that does not fit is refused before hours of building
         tokenizer = _write_tokenizer(checkpoint, Path(aside)) if "llm" in parts else {}
-    return BuildPlan(request, checkpoint, precision, resolve_threads(request.threads), tokenizer)
+    return BuildPlan(request, checkpoint, available, precision, resolve_threads(request.threads), tokenizer)
 
 
 def is_up_to_date(plan: BuildPlan) -> bool:
     """Whether `out` already holds this very build, intact. Raises InputError when it holds anything that is no
     bundle and, unless `force` is set, another build or a damaged one (EngineMismatchError)."""
     out = plan.request.out
-    if not out.exists():
+    if not _holds_bundle(out) or plan.request.force:
         return False
-    try:
-        existing = Bundle.open(out).manifest
-    except InputError as e:
-        if out.is_dir() and not any(out.iterdir()):
-            return False
-        raise InputError(f"{out}: exists and is no engine bundle; choose another --out") from e
-    except WsiRtError:
-        if plan.request.force:
-            return False
-        raise
-    if plan.request.force:
-        return False
+    existing = Bundle.open(out).manifest
     if existing.build["key"] == sha256_json(plan.to_json()):
         return True
     raise InputError(f"{out}: holds another build (of {existing.source['label']}); replace it with --force")
 
 
+def _holds_bundle(out: Path) -> bool:
+    """False: nothing, or an empty folder. Raises InputError when it holds anything that no build writes."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    if not ((out / m.FILE_NAME).is_file() and any((out / n).is_dir() for n in m.COMPONENTS)):
+        raise InputError(f"{out}: exists and is no engine bundle; choose another --out")
+    ours = {m.FILE_NAME, TOKENIZER, *m.COMPONENTS}
+    others = sorted(p.name for p in out.iterdir() if p.name not in ours and not p.name.startswith(STAMP_NAME))
+    if others:
+        raise InputError(f"{out}: also holds {others[0]!r}, which is no part of an engine bundle; choose another --out")
+    return True
+
+
+def _may_replace(out: Path, force: bool) -> None:
+    if _holds_bundle(out) and not force:
+        raise InputError(f"{out}: an engine bundle stands there; replace it with --force")
+
+
 def build_engines(plan: BuildPlan, on_step: OnStep = lambda _: None) -> m.Manifest:
     """Build into a directory aside and swap it in. Raises ParityError when an engine's numbers are off."""
-    out = plan.request.out
-    _check_space(plan)
-    with staged_directory(out) as work:
+    request = plan.request
+    check_place(plan)
+    with staged_directory(request.out, lambda out: _may_replace(out, request.force)) as work:
         components = {name: _build_one(plan, name, part, work, on_step) for name, part in plan.checkpoint.parts.items()}
         on_step("tokenizer and manifest")
-        tokenizer = _write_tokenizer(plan.checkpoint, work / "tokenizer") if "llm" in components else {}
-        manifest = _manifest(plan, components, tokenizer, work)
+        tokenizer = _write_tokenizer(plan.checkpoint, work / TOKENIZER) if "llm" in components else {}
+        paths = sorted(p for p in work.rglob("*") if p.is_file())
+        stamp = {str(p.relative_to(work)): stamp_file(p) for p in paths}
+        manifest = _manifest(plan, components, tokenizer, stamp)
         write_json(work / m.FILE_NAME, manifest.to_json())
-        write_stamp(work, manifest)
+        write_stamp(work, {name: list(s) for name, s in stamp.items()})
     return manifest
 
 
@@ -146,13 +175,17 @@ def _build_one(plan: BuildPlan, name: str, part: Part, work: Path, on_step: OnSt
     )
 
 
-def _check_space(plan: BuildPlan) -> None:
-    place = plan.request.out.absolute().parent
+def check_place(plan: BuildPlan) -> None:
+    """Raises InputError or MachineError when the bundle cannot be written, or has no room."""
+    place = Path(os.path.realpath(plan.request.out)).parent
     while not place.exists():
         place = place.parent
+    flaw = errno.ENOTDIR if not place.is_dir() else 0 if os.access(place, os.W_OK) else errno.EACCES
+    if flaw:
+        raise plain_os_error(OSError(flaw, os.strerror(flaw)), plan.request.out)
     free, needed = shutil.disk_usage(place).free, plan.estimated_bytes
     if free < needed:
-        raise MissingDependencyError(
+        raise MachineError(
             f"{place}: {free / 1e9:.1f} GB free, the bundle needs about {needed / 1e9:.1f} GB; choose another --out"
         )
 
@@ -176,29 +209,29 @@ def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
 
 
 def _manifest(
-    plan: BuildPlan, components: Mapping[str, m.EngineManifest], tokenizer: Mapping[str, Any], work: Path
+    plan: BuildPlan,
+    components: Mapping[str, m.EngineManifest],
+    tokenizer: Mapping[str, Any],
+    stamp: Mapping[str, tuple[int, int, str]],
 ) -> m.Manifest:
-    files = {
-        str(path.relative_to(work)): m.FileEntry(path.stat().st_size, sha256_file(path))
-        for path in sorted(work.rglob("*"))
-        if path.is_file() and path.name not in {m.FILE_NAME, STAMP_NAME}
-    }
+    files = {name: m.FileEntry(size, digest) for name, (size, _, digest) in stamp.items()}
     components = {name: replace(c, digest=_component_digest(name, files)) for name, c in components.items()}
     settings = plan.to_json()
     return m.Manifest(
         schema=m.SCHEMA,
         version=importlib.metadata.version("wsi-rt"),
-        target=plan.request.target,
+        targets=(plan.request.target,),
         source={
             "label": plan.checkpoint.label,
             "digest": plan.checkpoint.digest,
             "synthetic": plan.checkpoint.synthetic,
-            "arguments": plan.request.sources.arguments(),
+            "components": list(plan.available),
+            "arguments": plan.request.arguments(),
         },
         build={**settings, "key": sha256_json(settings)},
         components=components,
         tokenizer=tokenizer,
-        tiles={"tile_px": TILE_PX, "target_mpp": 0.5},
+        tiles={"tile_px": TILE_PX, "target_mpp": TARGET_MPP},
         generation=GenerationSettings().to_json(),
         files=files,
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ from onnx import load as load_onnx
 from wsi_rt.export.arch import ComponentConfig, LlamaConfig, LongNetConfig, ProjectorConfig, ViTConfig, config_json
 from wsi_rt.export.graphs import llama, projector, slide_encoder, tile_encoder
 from wsi_rt.export.graphs.builder import WeightFile, check_model
-from wsi_rt.export.lowering import lower_ort_cpu
 from wsi_rt.export.parity import check_inputs, reference_outputs, run_portable, write_check
 from wsi_rt.export.sources.weights import Part, WeightSource
+from wsi_rt.export.targets import Lowered, Portable, lowering
 from wsi_rt.kernels.slide_embed import GRID
-from wsi_rt.runtime.manifest import EngineManifest, TensorSpec
+from wsi_rt.runtime.hashing import sha256_json
+from wsi_rt.runtime.manifest import Compiled, EngineManifest, TensorSpec
 from wsi_rt.runtime.parity import GATES, check_component, compare, require
 
 # Symbolic dimension -> (min, opt, max): what an engine accepts, and what a compiler may tune for.
@@ -27,15 +28,6 @@ PROFILES: dict[str, dict[str, tuple[int, int, int]]] = {
     "projector": {"tokens": (1, 576, 4096)},
     "llm": {},
 }
-
-
-@dataclass(frozen=True)
-class Graphs:
-    """Files of a component by graph role; `weights_dir` is what the engine files' weights are relative to."""
-
-    portable: Mapping[str, Path]
-    engine: Mapping[str, Path]
-    weights_dir: Path
 
 
 def build_component(
@@ -48,64 +40,75 @@ def build_component(
     folder = work / name
     folder.mkdir()
     on_step("export")
-    graphs = _write_graphs(part.config, part.source, folder, target, threads)
-    for path in graphs.portable.values():
+    graphs = _write_portable(part.config, part.source, folder)
+    lowered = _lower(graphs, folder, target, threads)
+    for path in graphs.graphs.values():
         check_model(path)
     on_step("fp32 reference")
     inputs = check_inputs(part.config)
     expected = reference_outputs(part.config, part.source, inputs, threads)
     write_check(folder / "check.npz", inputs, expected)
     on_step("parity of the portable graph")
-    gate = GATES[precision]
-    portable = compare(run_portable(part.config, graphs.portable, inputs, threads), expected)
+    portable = compare(run_portable(part.config, graphs.graphs, inputs, threads), expected)
     require(name, "portable graph", portable, GATES["fp32"])
-    manifest = _describe(name, part.config, work, graphs, precision)
+    compiled = _compiled(lowered, work, precision)
+    manifest = replace(_describe(name, graphs, work), portable_parity=portable.to_json(), targets={target: compiled})
     on_step(f"parity of the {target} engine")
     engine = check_component(work, target, manifest, threads)
+    gate = GATES[precision]
     require(name, f"{target} engine", engine, gate)
-    report = {"portable": portable.to_json(), "engine": engine.to_json(), "gate": vars(gate)}
-    return replace(manifest, parity=report)
+    parity = {"engine": engine.to_json(), "gate": vars(gate)}
+    return replace(manifest, targets={target: replace(compiled, parity=parity)})
 
 
-def _write_graphs(c: ComponentConfig, source: WeightSource, folder: Path, target: str, threads: int = 0) -> Graphs:
-    lowered = folder / target
-    lowered.mkdir()
+def _write_portable(c: ComponentConfig, source: WeightSource, folder: Path) -> Portable:
     if isinstance(c, LlamaConfig):
         weights = WeightFile(folder / "weights.data")
-        portable = {role: folder / f"{role}.onnx" for role in ("embed", "decoder")}
-        engine = {role: lowered / f"{role}.onnx" for role in ("embed", "decoder")}
-        for path in (portable["embed"], engine["embed"]):
-            llama.build_embed(c, source, weights, path)
-        llama.LlamaGraph(c, source, weights).build(portable["decoder"])
-        llama.OrtCpuLlamaGraph(c, source, weights).build(engine["decoder"])
-        return Graphs(portable, engine, folder)
-    portable = {"model": folder / "model.onnx"}
+        graphs = {role: folder / f"{role}.onnx" for role in ("embed", "decoder")}
+        llama.build_embed(c, source, weights, graphs["embed"])
+        llama.LlamaGraph(c, source, weights).build(graphs["decoder"])
+        return Portable(c, source, graphs, weights)
+    graphs = {"model": folder / "model.onnx"}
     if isinstance(c, ViTConfig):
-        tile_encoder.build(c, source, portable["model"])
+        tile_encoder.build(c, source, graphs["model"])
     elif isinstance(c, LongNetConfig):
-        slide_encoder.build(c, source, portable["model"])
+        slide_encoder.build(c, source, graphs["model"])
     elif isinstance(c, ProjectorConfig):
-        projector.build(c, source, portable["model"])
-    engine = {"model": lowered / "model.onnx"}
-    lower_ort_cpu(portable["model"], engine["model"], threads)
-    return Graphs(portable, engine, lowered)
+        projector.build(c, source, graphs["model"])
+    return Portable(c, source, graphs)
 
 
-def _describe(name: str, c: ComponentConfig, work: Path, graphs: Graphs, precision: str) -> EngineManifest:
-    main = graphs.portable.get("model") or graphs.portable["decoder"]
+def _lower(portable: Portable, folder: Path, target: str, threads: int = 0) -> Lowered:
+    (folder / target).mkdir()
+    return lowering(target)(portable, folder / target, threads)
+
+
+def _compiled(lowered: Lowered, work: Path, precision: str) -> Compiled:
+    """Its parity is not known yet."""
+    return Compiled(
+        graphs={role: str(p.relative_to(work)) for role, p in lowered.graphs.items()},
+        weights_dir=str(lowered.weights_dir.relative_to(work)),
+        precision=precision,
+        parity={},
+        requires=lowered.requires,
+    )
+
+
+def _describe(name: str, portable: Portable, work: Path) -> EngineManifest:
+    """What does not depend on a target."""
+    main = portable.graphs.get("model") or portable.graphs["decoder"]
     graph = load_onnx(str(main), load_external_data=False).graph
     return EngineManifest(
         name=name,
-        precision=precision,
-        config=config_json(c),
+        config=config_json(portable.config),
         inputs=tuple(_spec(v) for v in graph.input),
         outputs=tuple(_spec(v) for v in graph.output),
         profile=PROFILES[name],
-        portable={role: str(p.relative_to(work)) for role, p in graphs.portable.items()},
-        engine={role: str(p.relative_to(work)) for role, p in graphs.engine.items()},
-        weights_dir=str(graphs.weights_dir.relative_to(work)),
+        portable={role: str(p.relative_to(work)) for role, p in portable.graphs.items()},
+        portable_parity={},
         check=f"{name}/check.npz",
-        parity={},
+        targets={},
+        weights=sha256_json({"source": portable.source.digest(), "config": config_json(portable.config)}),
         digest="",
     )
 

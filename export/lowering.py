@@ -7,15 +7,27 @@ lowered where it is built (`graphs.llama.OrtCpuLlamaGraph`), since its KV handli
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import onnxruntime as ort
 
-from wsi_rt.runtime.errors import MissingDependencyError
+from wsi_rt.runtime.errors import MachineError, WsiRtError
+
+# How onnxruntime words a write that failed; 28 is ENOSPC.
+_NOT_WRITTEN = (
+    "Failed to write external initializers",
+    "Protobuf serialization failed",
+    "SystemError : 28",
+    "No space left",
+)
 
 
 def lower_ort_cpu(portable: Path, lowered: Path, threads: int = 0) -> None:
-    """Writes `lowered` and `weights.data` beside it. threads 0: onnxruntime's default."""
+    """Writes `lowered` and `weights.data` beside it. threads 0: onnxruntime's default.
+
+    Raises MachineError when the files cannot be written, WsiRtError when the graph cannot be optimised.
+    """
     lowered.parent.mkdir(parents=True, exist_ok=True)
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -26,6 +38,11 @@ def lower_ort_cpu(portable: Path, lowered: Path, threads: int = 0) -> None:
     options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
     try:
         ort.InferenceSession(str(portable), options, providers=["CPUExecutionProvider"])
-    except Exception as e:  # onnxruntime's own classes; a full disk comes as one of them, without its errno
+    except Exception as e:  # onnxruntime's own classes, which carry no errno
         reason = str(e).splitlines()[0]
-        raise MissingDependencyError(f"onnxruntime cannot write {lowered} ({reason}): is the disk full?") from e
+        if not any(sign in reason for sign in _NOT_WRITTEN):
+            raise WsiRtError(f"onnxruntime cannot optimise {portable}: {reason}") from e
+        free = shutil.disk_usage(lowered.parent).free / 1e9
+        raise MachineError(
+            f"{lowered}: not written ({reason}), {free:.1f} GB free; make room or choose another --out"
+        ) from e

@@ -21,7 +21,7 @@ from wsi_rt.runtime.types import TILE_PX
 Arrays = dict[str, NDArray[Any]]
 
 SLIDE_TILES = 1100  # more than one segment of 1024 and more than 576 bins, the last segment partly filled
-PREFILL, STEPS = 24, 8
+PREFILL, STEPS = 640, 8  # as long as a real prompt: errors of attention grow with it
 
 
 def check_inputs(c: ComponentConfig) -> Arrays:
@@ -38,7 +38,8 @@ def check_inputs(c: ComponentConfig) -> Arrays:
     if isinstance(c, ProjectorConfig):
         return {"tokens": uniform(0, "check.tokens", 64 * c.widths[0], -2, 2).reshape(64, c.widths[0])}
     ids = uniform(0, "check.token_ids", STEPS, 0, c.vocab).astype(np.int64)
-    return {"embeds": uniform(0, "check.embeds", PREFILL * c.hidden, -1, 1).reshape(PREFILL, -1), "token_ids": ids}
+    length = min(PREFILL, c.context - STEPS)
+    return {"embeds": uniform(0, "check.embeds", length * c.hidden, -1, 1).reshape(length, -1), "token_ids": ids}
 
 
 def reference_outputs(c: ComponentConfig, source: WeightSource, inputs: Arrays, threads: int = 0) -> Arrays:
@@ -54,7 +55,7 @@ def reference_outputs(c: ComponentConfig, source: WeightSource, inputs: Arrays, 
         if isinstance(c, LlamaConfig):
             new = module.get_input_embeddings()(tensors["token_ids"])
             embeds = torch.cat([tensors["embeds"], new])
-            logits = module(inputs_embeds=embeds[None]).logits[0, PREFILL - 1 :]
+            logits = module(inputs_embeds=embeds[None]).logits[0, len(inputs["embeds"]) - 1 :]
             return {"logits": logits.numpy()}
         out = module(*tensors.values())
     if isinstance(c, LongNetConfig):

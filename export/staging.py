@@ -10,7 +10,7 @@ import ctypes
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,13 +21,14 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 @contextmanager
-def staged_directory(target: Path) -> Iterator[Path]:
+def staged_directory(target: Path, may_replace: Callable[[Path], None] = lambda _: None) -> Iterator[Path]:
     """Yields an empty directory that becomes `target` when the block ends without an exception.
 
-    An existing `target` is replaced in one step. On any exception, KeyboardInterrupt included, the
-    workplace and the folders made for it are removed, and `target` is as it was. Raises InputError when
-    another process is building the same target, MissingDependencyError when the disk is full or the place
-    not writable.
+    An existing `target` is replaced in one step. `may_replace` is called with it before the work and again before
+    the swap, and raises where what stands there (if anything) must stay. On any exception, KeyboardInterrupt
+    included, the workplace and the folders made for it are removed, and `target` is as it was. Raises InputError
+    when another process is building the same target, MachineError when the disk is full or the place not
+    writable.
     """
     target = Path(os.path.realpath(target))  # "." has no name, and a link is written through
     work = target.parent / f".{target.name}.building"
@@ -38,8 +39,10 @@ def staged_directory(target: Path) -> Iterator[Path]:
     except OSError as e:
         raise plain_os_error(e, target) from e
     try:
+        may_replace(target)
         _clear(work)
         yield work
+        may_replace(target)
         _swap_in(work, target)
     except OSError as e:
         raise plain_os_error(e, target) from e

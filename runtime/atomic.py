@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-from wsi_rt.runtime.errors import InputError, MissingDependencyError, WsiRtError
+from wsi_rt.runtime.errors import InputError, MachineError, WsiRtError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -24,7 +24,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     the old file or the new one. On any exception, KeyboardInterrupt included, the temporary file is removed and
     `path` is as it was. A symbolic link is written through, not replaced.
 
-    Raises: MissingDependencyError (disk full, no permission, other I/O error), InputError (no such folder, `path` is a
+    Raises: MachineError (disk full, no permission, other I/O error), InputError (no such folder, `path` is a
     folder or a device). Other exceptions of the body pass unchanged.
     """
     target = Path(os.path.realpath(path))
@@ -59,15 +59,13 @@ def _sync(path: Path, flags: int) -> None:
 def plain_os_error(error: OSError, path: Path) -> WsiRtError:
     """The one-line error for an OSError met while writing `path`."""
     if error.errno in _FULL:
-        return MissingDependencyError(
+        return MachineError(
             f"no room to write {path} ({os.strerror(error.errno)}): free disk space or choose another folder"
         )
     if error.errno in _DENIED:
-        return MissingDependencyError(
-            f"cannot write {path} ({os.strerror(error.errno)}): choose a folder you may write to"
-        )
+        return MachineError(f"cannot write {path} ({os.strerror(error.errno)}): choose a folder you may write to")
     if error.errno == errno.ENOENT:
         return InputError(f"cannot write {path}: its folder does not exist; create it with `mkdir -p {path.parent}`")
     if error.errno in _BAD_PATH:
         return InputError(f"cannot write {path} ({error.strerror}): something stands in the way, choose another path")
-    return MissingDependencyError(f"cannot write {path} ({error.strerror or error}): choose another folder")
+    return MachineError(f"cannot write {path} ({error.strerror or error}): choose another folder")

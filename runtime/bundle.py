@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wsi_rt.runtime.errors import EngineMismatchError, InputError
 from wsi_rt.runtime.hashing import sha256_file
-from wsi_rt.runtime.manifest import EngineManifest, Manifest, load_manifest
+from wsi_rt.runtime.manifest import FILE_NAME, EngineManifest, Manifest, load_manifest
 from wsi_rt.runtime.threads import resolve_threads
 
 if TYPE_CHECKING:
@@ -19,32 +21,65 @@ if TYPE_CHECKING:
     from wsi_rt.runtime.llm.tokenizer import Tokenizer
 
 STAMP_NAME = ".stamp.json"  # path -> [size, mtime_ns, sha256] of files known to be intact
+Stamp = Mapping[str, list[int | str]]
 
 
 class Bundle:
-    """A checked bundle. `Bundle.open(root)` compares size and mtime of every file with a stamp and hashes
-    only files whose stamp is stale (a copied bundle once); `verify_files` hashes everything."""
+    """A checked bundle, used through one of its targets. `Bundle.open(root)` compares size and mtime of every file
+    with a stamp and hashes only files whose stamp is stale (a copied bundle once); `verify_files` hashes everything.
 
-    def __init__(self, root: Path, manifest: Manifest, threads: int) -> None:
-        self.root, self.manifest, self.threads = root, manifest, threads
+    Components are opened when asked for, from the folder as it then is: what reads them raises EngineMismatchError
+    when another bundle was put in its place meanwhile.
+    """
+
+    def __init__(self, root: Path, manifest: Manifest, target: str, threads: int, identity: tuple[int, ...]) -> None:
+        self.root, self.manifest, self.target, self.threads = root, manifest, target, threads
+        self._identity = identity
 
     @classmethod
-    def open(cls, root: str | Path, threads: int | None = None) -> Bundle:
-        """Raises InputError when there is no bundle, EngineMismatchError when a file differs from the manifest."""
+    def open(cls, root: str | Path, threads: int | None = None, target: str | None = None) -> Bundle:
+        """`target`: one of the bundle's (default: the first). Raises InputError when there is no bundle or no such
+        target, EngineMismatchError when a file differs from the manifest or the machine is not the target's."""
         root = Path(root)
+        identity = _identity(root)  # before the manifest is read: replaced in between is replaced
         manifest = load_manifest(root)
-        isa = manifest.build["isa"]
-        if isa != platform.machine():
-            raise EngineMismatchError(
-                f"{root}: built for {isa}, this machine is {platform.machine()}; "
-                f"rebuild: {manifest.rebuild_command(root)}"
-            )
-        _check_files(root, manifest, _read_stamp(root))
-        return cls(root, manifest, resolve_threads(threads))
+        target = manifest.targets[0] if target is None else target
+        if target not in manifest.targets:
+            raise InputError(f"{root}: not built for {target!r}, expected one of: {', '.join(manifest.targets)}")
+        bundle = cls(root, manifest, target, resolve_threads(threads), identity)
+        bundle._check_machine()
+        with bundle.unreplaced():
+            _check_files(root, manifest, _read_stamp(root))
+        return bundle
+
+    def _check_machine(self) -> None:
+        this = {"isa": platform.machine()}
+        for component in self.manifest.components.values():
+            compiled = component.targets.get(self.target)
+            for what, needed in compiled.requires.items() if compiled else ():
+                if this.get(what) != needed:
+                    raise EngineMismatchError(
+                        f"{self.root}: built for {needed}, this machine is {this.get(what)}; "
+                        f"rebuild: {self.manifest.rebuild_command(self.root)}"
+                    )
+
+    @contextmanager
+    def unreplaced(self) -> Iterator[None]:
+        """What is read inside is of this bundle; else EngineMismatchError, whatever the mixture led to."""
+        self._check_identity()
+        try:
+            yield
+        finally:
+            self._check_identity()
+
+    def _check_identity(self) -> None:
+        if _identity(self.root) != self._identity:
+            raise EngineMismatchError(f"{self.root}: this bundle was replaced while open; open it again")
 
     def verify_files(self) -> None:
         """Hash every file, whatever the stamp says."""
-        _check_files(self.root, self.manifest, {})
+        with self.unreplaced():
+            _check_files(self.root, self.manifest, {})
 
     def component(self, name: str) -> EngineManifest:
         """Raises InputError when the bundle was built without this component."""
@@ -52,33 +87,48 @@ class Bundle:
             return self.manifest.components[name]
         except KeyError:
             have = ", ".join(self.manifest.components)
-            raise InputError(
-                f"{self.root}: no {name} in this bundle (it has {have}); "
-                f"rebuild: {self.manifest.rebuild_command(self.root)}"
-            ) from None
+            if name in self.manifest.source["components"]:
+                fix = f"rebuild: {self.manifest.rebuild_command(self.root, everything=True)}"
+            else:
+                fix = f"its checkpoint, {self.manifest.source['label']}, has none: build from one that has"
+            raise InputError(f"{self.root}: no {name} in this bundle (it has {have}); {fix}") from None
 
     def engine(self, name: str) -> Engine:
         from wsi_rt.runtime.engines.registry import backend
 
-        return backend(self.manifest.target).open_engine(self.root, self.component(name), self.threads)
+        with self.unreplaced():
+            return backend(self.target).open_engine(self.root, self.component(name), self.threads)
 
     def decoder(self) -> Decoder:
         from wsi_rt.runtime.engines.registry import backend
 
-        return backend(self.manifest.target).open_decoder(self.root, self.component("llm"), self.threads)
+        with self.unreplaced():
+            return backend(self.target).open_decoder(self.root, self.component("llm"), self.threads)
 
     def tokenizer(self) -> Tokenizer:
         from wsi_rt.runtime.llm.tokenizer import Tokenizer
 
-        return Tokenizer(self.root / "tokenizer")
+        with self.unreplaced():
+            return Tokenizer(self.root / "tokenizer")
 
 
-def write_stamp(root: Path, manifest: Manifest) -> None:
-    """Record that the files are intact as they stand; a bundle that cannot be written to goes without."""
-    stamp = {}
-    for name, entry in manifest.files.items():
-        stat = (root / name).stat()
-        stamp[name] = [stat.st_size, stat.st_mtime_ns, entry.sha256]
+def _identity(root: Path) -> tuple[int, ...]:
+    """Of the bundle that stands there now: every build writes a new manifest. Empty: none does."""
+    try:
+        stat = (root / FILE_NAME).stat()
+    except OSError:
+        return ()
+    return stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+
+def stamp_file(path: Path) -> tuple[int, int, str]:
+    """Size, mtime_ns and SHA-256, the stat taken first: a write during the hashing leaves the stamp stale."""
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns, sha256_file(path)
+
+
+def write_stamp(root: Path, stamp: Stamp) -> None:
+    """Record that these files are intact; a bundle that cannot be written to goes without."""
     temporary = root / f"{STAMP_NAME}.{os.getpid()}"
     try:
         temporary.write_text(json.dumps(stamp))
@@ -96,7 +146,7 @@ def _read_stamp(root: Path) -> dict[str, list[int | str]]:
 
 
 def _check_files(root: Path, manifest: Manifest, stamp: dict[str, list[int | str]]) -> None:
-    stale = False
+    known: dict[str, list[int | str]] = {}
     for name, entry in manifest.files.items():
         path, rebuild = root / name, manifest.rebuild_command(root)
         try:
@@ -107,10 +157,10 @@ def _check_files(root: Path, manifest: Manifest, stamp: dict[str, list[int | str
             raise EngineMismatchError(
                 f"{path}: {stat.st_size} bytes, the manifest says {entry.size}; rebuild: {rebuild}"
             )
-        if stamp.get(name) == [stat.st_size, stat.st_mtime_ns, entry.sha256]:
-            continue
-        stale = True
-        if sha256_file(path) != entry.sha256:
-            raise EngineMismatchError(f"{path}: edited after the build (digest differs); rebuild: {rebuild}")
-    if stale:
-        write_stamp(root, manifest)
+        known[name] = [stat.st_size, stat.st_mtime_ns, entry.sha256]
+        if stamp.get(name) != known[name]:
+            known[name] = list(stamp_file(path))
+            if known[name][2] != entry.sha256:
+                raise EngineMismatchError(f"{path}: edited after the build (digest differs); rebuild: {rebuild}")
+    if known != stamp:
+        write_stamp(root, known)

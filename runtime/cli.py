@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from wsi_rt.runtime.config import TARGET_MPP
 from wsi_rt.runtime.errors import InputError, WsiRtError
 
 Command = Callable[..., Any]
@@ -35,8 +36,9 @@ THREADS = click.option("--threads", type=int, help="CPU threads (default: the CP
 JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 SLIDE = options(
     click.option("--mpp", type=float, help="The slide's level-0 resolution in um/px, overriding its metadata."),
-    click.option("--target-mpp", type=float, default=0.5, show_default=True, help="Working resolution in um/px."),
+    click.option("--target-mpp", type=float, default=TARGET_MPP, show_default=True, help="Working resolution, um/px."),
     click.option("--allow-upsample", is_flag=True, help="Accept a slide coarser than the target."),
+    click.option("--allow-dark", is_flag=True, help="Accept a dark background: the bright side counts as tissue."),
     click.option(
         "--position-tile", type=int, help="Divisor of the position grid in level-0 px (GigaPath's code: 256)."
     ),
@@ -164,7 +166,7 @@ def ask(source: Path, question: str, engines: Path, threads: int | None, as_json
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The .svs to write.")
 @click.option("--width", type=int, default=6144, show_default=True, help="Level-0 px.")
 @click.option("--height", type=int, default=4096, show_default=True, help="Level-0 px.")
-@click.option("--mpp", type=float, default=0.5, show_default=True, help="um/px.")
+@click.option("--mpp", type=float, default=TARGET_MPP, show_default=True, help="um/px.")
 @click.option("--tissue", type=float, default=0.3, show_default=True, help="Share of the area.")
 @click.option("--compression", default="jpeg", show_default=True, help="jpeg, jpeg2000, deflate or none.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
@@ -219,6 +221,8 @@ def run(argv: list[str] | None = None) -> int:
         if sys.stderr is not None and sys.stderr.isatty():
             click.echo(err=True)  # past "^C", or the answer so far
         return _fail(130, "interrupted; nothing half-written is left behind")
+    except MemoryError as e:
+        return _fail(3, f"memory ran out ({str(e) or 'no detail'}); use a machine with more, or a coarser --target-mpp")
     except BrokenPipeError:
         _discard_output()  # the reader left, and knows
         return 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -13,7 +14,7 @@ from typing import Any
 import click
 
 from wsi_rt.runtime.config import SlideSettings
-from wsi_rt.runtime.errors import InputError, MissingDependencyError, ParityError
+from wsi_rt.runtime.errors import InputError, MachineError, ParityError
 from wsi_rt.runtime.progress import Progress
 
 SLIDE_FLAGS = tuple(f.name for f in fields(SlideSettings))
@@ -30,22 +31,25 @@ def build(
     **sources: str | None,
 ) -> None:
     try:
-        from wsi_rt.export.build import BuildRequest, build_engines, is_up_to_date, plan_build
+        from wsi_rt.export.build import BuildRequest, build_engines, check_place, is_up_to_date, plan_build
         from wsi_rt.export.sources.checkpoint import Sources
     except ImportError as e:
-        raise MissingDependencyError(f"building engines needs {e.name}: pip install 'wsi-rt[export]'") from e
+        raise MachineError(
+            f"building engines needs {e.name or e}: pip install '.[export]' in a checkout of wsi-rt"
+        ) from e
     request = BuildRequest(Sources(**sources), out, target, precision, components, force, threads)
     plan = plan_build(request)
-    if dry_run:
-        click.echo(describe_plan(plan))
-        return
     if is_up_to_date(plan):
         click.echo(f"{out}: up to date", err=True)
+        return
+    if dry_run:
+        check_place(plan)
+        click.echo(describe_plan(plan))
         return
     with Progress() as progress:
         manifest = build_engines(plan, lambda step: progress.step(f"build: {step}", plan.steps()))
     size = sum(f.size for f in manifest.files.values())
-    click.echo(f"{out}: {', '.join(manifest.components)} for {manifest.target}, {size / 1e6:.0f} MB", err=True)
+    click.echo(f"{out}: {', '.join(manifest.components)} for {target}, {size / 1e6:.0f} MB", err=True)
 
 
 def describe_plan(plan: Any) -> str:
@@ -70,21 +74,24 @@ def inspect(engines: Path, as_json: bool) -> None:
         click.echo(json.dumps(manifest.to_json(), indent=1))
         return
     made_of = f"{manifest.source['label']}{' (synthetic weights)' if manifest.source['synthetic'] else ''}"
-    click.echo(f"{engines}: wsi-rt {manifest.version}, target {manifest.target}, from {made_of}")
+    click.echo(f"{engines}: wsi-rt {manifest.version}, target {', '.join(manifest.targets)}, from {made_of}")
     for name, c in manifest.components.items():
         size = sum(f.size for path, f in manifest.files.items() if path.startswith(f"{name}/"))
         ins, outs = (
             ", ".join(f"{s.name} {s.dtype} [{', '.join(map(str, s.dims))}]" for s in specs[:4])
             for specs in (c.inputs, c.outputs)
         )
-        click.echo(f"\n{name}  {c.precision}  {size / 1e6:.1f} MB  sha256 {c.digest[:16]}")
+        precision = ", ".join(dict.fromkeys(t.precision for t in c.targets.values()))
+        click.echo(f"\n{name}  {precision}  {size / 1e6:.1f} MB  sha256 {c.digest[:16]}")
         click.echo(f"  in   {ins}{' ...' if len(c.inputs) > 4 else ''}")
         click.echo(f"  out  {outs}{' ...' if len(c.outputs) > 4 else ''}")
-        p, gate = c.parity["engine"], c.parity["gate"]
-        click.echo(
-            f"  parity against fp32 torch: relative error {p['max_rel']:.1e} (gate {gate['max_rel']:.0e}), "
-            f"cosine {p['min_cosine']:.7f} (gate {gate['min_cosine']})"
-        )
+        for target, t in c.targets.items():
+            p, gate = t.parity["engine"], t.parity["gate"]
+            of = f" of {target} {t.precision}" if len(c.targets) > 1 else ""
+            click.echo(
+                f"  parity{of} against fp32 torch: relative error {p['max_rel']:.1e} (gate {gate['max_rel']:.0e}), "
+                f"cosine {p['min_cosine']:.7f} (gate {gate['min_cosine']})"
+            )
     tools = ", ".join(f"{k} {v}" for k, v in manifest.build["toolchain"].items())
     click.echo(f"\nbuilt with {tools} on {manifest.build['isa']}")
     click.echo(f"template {manifest.generation['template']}, {len(manifest.files)} files")
@@ -100,8 +107,9 @@ def verify(engines: Path, threads: int | None, as_json: bool) -> None:
     with Progress() as progress:
         for name, component in bundle.manifest.components.items():
             progress.step(f"verify: {name}", len(bundle.manifest.components))
-            parity = check_component(bundle.root, bundle.manifest.target, component, bundle.threads)
-            ok = parity.passes(Gate(**component.parity["gate"]))
+            with bundle.unreplaced():
+                parity = check_component(bundle.root, bundle.target, component, bundle.threads)
+            ok = parity.passes(Gate(**component.compiled(bundle.target).parity["gate"]))
             report[name] = {**parity.to_json(), "ok": ok}
             failed += [] if ok else [name]
     if as_json:
@@ -113,7 +121,8 @@ def verify(engines: Path, threads: int | None, as_json: bool) -> None:
             click.echo(f"{name:14} {'ok' if r['ok'] else 'FAILED'}  {told}")
     if failed:
         raise ParityError(
-            f"{engines}: {', '.join(failed)} differ from the fp32 reference on this machine; rebuild here"
+            f"{engines}: {', '.join(failed)} differ from the fp32 reference on this machine; "
+            f"rebuild here: {bundle.manifest.rebuild_command(engines)}"
         )
 
 
@@ -138,8 +147,8 @@ def encode(
         if out.suffix.lower() == ".pt" and encoded.tokens is not None:
             write_slide_tokens(out, encoded.tokens)
         elif encoded.features is not None:
-            size0 = encoded.slide.size0 if encoded.slide else None
-            write_tile_features(out, encoded.features, name=source.stem, size0=size0)
+            size0, attributes = encoded.slide.size0 if encoded.slide else None, encoded.file_attributes
+            write_tile_features(out, encoded.features, name=source.stem, size0=size0, attributes=attributes)
     if as_json:
         timings = {k: round(v, 3) for k, v in encoded.timings_ms.items()}
         result = {"out": [str(o) for o in outs], "tiles": dict(encoded.tiles), "timings_ms": timings}
@@ -156,9 +165,10 @@ def _require_place(out: Path) -> None:
     if out.exists() and not out.is_file():
         raise InputError(f"--out is {out}, which is no regular file; expected the path of a file to write")
     if not out.parent.is_dir():
-        raise InputError(f"--out is {out}: there is no folder {out.parent}; make it first: mkdir -p {out.parent}")
+        make = f"mkdir -p {shlex.quote(str(out.parent))}"
+        raise InputError(f"--out is {out}: there is no folder {out.parent}; make it first: {make}")
     if not os.access(out.parent, os.W_OK):
-        raise MissingDependencyError(f"--out is {out}: {out.parent} is not writable; choose another folder")
+        raise MachineError(f"--out is {out}: {out.parent} is not writable; choose another folder")
 
 
 def ask(

@@ -11,6 +11,8 @@ from wsi_rt.runtime.errors import InputError
 # Turn markers a model may leak into its answer; the answer is trimmed there (SPEC 5).
 STOP_STRINGS = ("\nUSER:", "\nASSISTANT:", "\nHuman:", "\nQUESTION:", "\nTASK:")
 TEMPLATES = ("vicuna_v1", "llava_v1")
+TARGET_MPP = 0.5  # um/px the model was trained at (SPEC 1)
+MPP_RANGE = (0.05, 100.0)  # um/px; anything else is absurd (SPEC 1)
 
 
 def _require(ok: bool, flag: str, given: object, expected: str) -> None:
@@ -73,21 +75,24 @@ class GenerationSettings:
 class SlideSettings:
     """How an input is read.
 
-    Slides: `mpp` overrides the level-0 um/px. Slides and tile features: `position_tile` overrides the divisor
+    Slides: `mpp` overrides the level-0 um/px; `allow_dark` accepts a dark background (as in fluorescence), whose
+    bright side then counts as tissue. Slides and tile features: `position_tile` overrides the divisor
     of the position grid (None: patch_size_level0; GigaPath's own code uses 256). Tile features:
     `patch_size_level0` overrides what the file says, `keep_order` leaves its tiles in the file's order.
     """
 
     mpp: float | None = None
-    target_mpp: float = 0.5
+    target_mpp: float = TARGET_MPP
     allow_upsample: bool = False
+    allow_dark: bool = False
     position_tile: int | None = None
     patch_size_level0: int | None = None
     keep_order: bool = False
 
     def __post_init__(self) -> None:
+        low, high = MPP_RANGE
         for flag, value in (("--mpp", self.mpp), ("--target-mpp", self.target_mpp)):
-            _require(value is None or 0.05 <= value <= 100, flag, value, "um/px between 0.05 and 100")
+            _require(value is None or low <= value <= high, flag, value, f"um/px between {low:g} and {high:g}")
         for flag, px in (("--position-tile", self.position_tile), ("--patch-size-level0", self.patch_size_level0)):
             _require(px is None or px >= 1, flag, px, "1 or more level-0 px")
 

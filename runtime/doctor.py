@@ -36,7 +36,7 @@ CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")
 def examine() -> dict[str, Any]:
     """Look without importing anything heavy. `ok` is whether the main job can run here."""
     base, export = ({n: _version(n, d) for n, d in group.items()} for group in (BASE, EXPORT))
-    problems = [f"{BASE[n]} is not installed: pip install wsi-rt" for n, v in base.items() if v is None]
+    problems = [f"{BASE[n]} is not installed: pip install {BASE[n]}" for n, v in base.items() if v is None]
     if _version("onnxruntime", "onnxruntime") and _version("onnxruntime", "onnxruntime-gpu"):
         problems.append(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: "
@@ -71,10 +71,10 @@ def render(report: dict[str, Any]) -> str:
         f"CPU     {machine['isa']}, {machine['usable_cpus']} of {machine['cpus']} CPUs usable, {memory}, {flags}",
         f"GPU     NVIDIA driver {'found' if machine['nvidia_driver'] else 'not found'}; target built here: ort-cpu",
     ]
-    for group, hint in (("base", "pip install wsi-rt"), ("export", "pip install 'wsi-rt[export]'")):
+    for group, hint in (("base", "pip install ."), ("export", "pip install '.[export]'")):
         have = [f"{n} {v}" for n, v in report[group].items() if v]
         lack = [n for n, v in report[group].items() if not v]
-        missing = f"; missing {', '.join(lack)} ({hint})" if lack else ""
+        missing = f"; missing {', '.join(lack)} ({hint} in a checkout)" if lack else ""
         lines.append(f"{group:7} {', '.join(have) or 'nothing'}{missing}")
     lines += [f"PROBLEM {p}" for p in report["problems"]]
     lines.append("ok: engines can run here" if report["ok"] else "engines cannot run here")

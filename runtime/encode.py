@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from wsi_rt.runtime.config import SlideSettings
 from wsi_rt.runtime.engines.base import Engine
 from wsi_rt.runtime.errors import FeatureFileError, WsiRtError
-from wsi_rt.runtime.features import read_slide_tokens, read_tile_features
-from wsi_rt.runtime.positions import grid_positions
-from wsi_rt.runtime.slides import find_tissue, iter_tiles, open_slide, plan_reads, select_tiles
+from wsi_rt.runtime.features import read_slide_tokens, read_tile_file
+from wsi_rt.runtime.features.stamp import maker_digest
+from wsi_rt.runtime.manifest import EngineManifest
+from wsi_rt.runtime.positions import grid_positions, shared_cells
+from wsi_rt.runtime.slides import (
+    SlideReader,
+    TissueMask,
+    find_tissue,
+    iter_tiles,
+    open_slide,
+    plan_reads,
+    select_tiles,
+)
 from wsi_rt.runtime.timing import Stopwatch
 from wsi_rt.runtime.types import POOLED_TOKENS, Provenance, SlideRef, SlideTokens, TileFeatures
 
@@ -34,7 +44,7 @@ def input_kind(path: Path) -> Kind:
 _KIND_TEXT = {"slide": "a slide", "tile_features": "a file of tile features", "slide_tokens": "a file of slide tokens"}
 # The settings that act on each kind of input.
 _ACTING: dict[Kind, set[str]] = {
-    "slide": {"mpp", "target_mpp", "allow_upsample", "position_tile"},
+    "slide": {"mpp", "target_mpp", "allow_upsample", "allow_dark", "position_tile"},
     "tile_features": {"position_tile", "patch_size_level0", "keep_order"},
     "slide_tokens": set(),
 }
@@ -50,7 +60,8 @@ def ignored_settings(kind: Kind, settings: SlideSettings) -> tuple[str, ...]:
 @dataclass(frozen=True)
 class Encoded:
     """What the encoders made of one input. `tokens` is None when only tile features were wanted;
-    `features` is None when the input was a token file. `tiles`: grid, kept, failed, distinct_tokens."""
+    `features` is None when the input was a token file. `tiles`: grid, kept, failed, distinct_tokens.
+    `settings`: how the input was read. `file_attributes`: what an `.h5` input says of its slide, to be carried on."""
 
     tokens: SlideTokens | None
     features: TileFeatures | None
@@ -58,6 +69,8 @@ class Encoded:
     slide: SlideRef | None = None
     notes: tuple[str, ...] = ()
     timings_ms: Mapping[str, float] = field(default_factory=dict)
+    settings: SlideSettings = field(default_factory=SlideSettings)
+    file_attributes: Mapping[str, Any] | None = None
 
 
 def encode_tiles(
@@ -65,19 +78,26 @@ def encode_tiles(
 ) -> Encoded:
     """Read a slide and encode its tissue tiles in grid order.
 
-    Raises SlideError (unreadable, no resolution, no tissue), WsiRtError when a tile's features are not
-    finite.
+    Threads: tissue detection runs alone and has all of them. Then max(1, threads // 2) read tiles ahead while the
+    encoder, opened with all of them, computes; they pause once a batch is ready, which bounds the overlap.
+
+    Raises SlideError (unreadable, no resolution, no tissue), WsiRtError when a tile's features are not finite.
     """
     with open_slide(path, settings) as reader:
         with clock.measure("tissue"):
             plan = plan_reads(reader, settings)
-            mask = find_tissue(reader, threads=threads, on_progress=lambda d, n: on_progress("tissue", d, n))
+            mask = find_tissue(
+                reader,
+                allow_dark=settings.allow_dark,
+                threads=threads,
+                on_progress=lambda d, n: on_progress("tissue", d, n),
+            )
             grid = select_tiles(plan, mask)
         grid_positions(grid, settings.position_tile)  # refuse before the long work, not after
         width = encoder.manifest.outputs[0].dims[-1]
         x = np.empty((len(grid), int(width)), np.float32)  # [N, C]
         started = perf_counter()
-        with closing(iter_tiles(reader, grid, plan, TILE_BATCH, threads=threads)) as batches:
+        with closing(iter_tiles(reader, grid, plan, TILE_BATCH, threads=max(1, threads // 2))) as batches:
             for batch in batches:
                 clock.add("tiles", (perf_counter() - started) * 1e3)
                 with clock.measure("tile_encoder"):
@@ -85,18 +105,52 @@ def encode_tiles(
                     encoder.run({"tiles": batch.pixels}, {"features": x[rows]})
                 on_progress("tile encoder", rows.stop, len(grid))
                 started = perf_counter()
-        _require_finite(x, f"{path}: tile", grid.xy0.tolist())
-        made_by = Provenance("tile_encoder", encoder.manifest.digest, {"slide": reader.ref.provenance.digest})
+        _require_finite(x, f"{path}: tile", grid.xy0.tolist(), encoder.manifest)
+        made_by = Provenance("tile_encoder", encoder.manifest.weights, {"slide": reader.ref.provenance.digest})
         features = TileFeatures(x, grid, made_by)
         tiles = {"grid": grid.cells, "kept": len(grid), "failed": 0, "distinct_tokens": None}
-        return Encoded(None, features, tiles, reader.ref, tuple(reader.notes))
+        return Encoded(None, features, tiles, reader.ref, _slide_notes(reader, mask), settings=settings)
+
+
+def _slide_notes(reader: SlideReader, mask: TissueMask) -> tuple[str, ...]:
+    notes = list(reader.notes)
+    if mask.dark_background:
+        notes.append("the background is dark: the bright side was taken as tissue (--allow-dark)")
+    if reader.rereads:
+        regions = "1 region was" if reader.rereads == 1 else f"{reader.rereads} regions were"
+        notes.append(f"{regions} read again after an error")
+    return tuple(notes)
 
 
 def load_tiles(path: Path, settings: SlideSettings) -> Encoded:
     """Tile features of an `.h5` file, sorted to row-major order (noted when that moved any) unless told not to."""
-    features = read_tile_features(path, sort=not settings.keep_order, patch_size_level0=settings.patch_size_level0)
+    features, attributes = read_tile_file(
+        path, sort=not settings.keep_order, patch_size_level0=settings.patch_size_level0
+    )
     tiles = {"grid": features.grid.cells, "kept": len(features.grid), "failed": 0, "distinct_tokens": None}
-    return Encoded(None, features, tiles, notes=features.notes)
+    return Encoded(None, features, tiles, notes=features.notes, settings=settings, file_attributes=attributes)
+
+
+def require_own(encoded: Encoded, components: Mapping[str, EngineManifest], where: str) -> None:
+    """Refuse features and tokens that a tile or slide encoder made which is not the bundle's of that name.
+
+    Nothing to compare where the bundle has none, or another tool made them. Raises FeatureFileError.
+    """
+    features, tokens = encoded.features, encoded.tokens
+    makers: list[tuple[str, object]] = []
+    if features is not None:
+        makers.append(("tile_encoder", maker_digest(features.provenance, "tile_encoder")))
+    if tokens is not None:
+        made_by = maker_digest(tokens.provenance, "slide_encoder")
+        makers += [("slide_encoder", made_by)]
+        makers += [("tile_encoder", tokens.provenance.settings.get("tile_encoder") if made_by else None)]
+    for name, digest in makers:
+        own = components[name].weights if name in components else ""
+        if own and isinstance(digest, str) and digest != own:
+            raise FeatureFileError(
+                f"{where} comes from another {name} (weights {ascii(digest[:12])[1:-1]}) than this bundle's "
+                f"({own[:12]}): encode the slide again with this bundle, or use the bundle that made it"
+            )
 
 
 def encode_tokens(encoded: Encoded, position_tile: int | None, encoder: Engine, clock: Stopwatch) -> Encoded:
@@ -117,19 +171,25 @@ def encode_tokens(encoded: Encoded, position_tile: int | None, encoder: Engine, 
     positions = grid_positions(features.grid, position_tile)
     with clock.measure("slide_encoder"):
         out = encoder.run({"features": features.x, "positions": positions})["tokens"]
-    _require_finite(out, "slide token", range(len(out)))
+    _require_finite(out, "slide token", range(len(out)), encoder.manifest)
     distinct = min(len(features.grid), POOLED_TOKENS)
-    settings = {"position_tile": position_tile or features.grid.patch_size_level0, "order": features.grid.order}
-    made_by = Provenance("slide_encoder", encoder.manifest.digest, settings)
-    notes = encoded.notes
+    divisor = position_tile or features.grid.patch_size_level0
+    settings = {"position_tile": divisor, "order": features.grid.order}
+    tile_encoder = maker_digest(features.provenance, "tile_encoder")
+    settings |= {"tile_encoder": tile_encoder} if tile_encoder else {}
+    made_by = Provenance("slide_encoder", encoder.manifest.weights, settings)
+    notes: tuple[str, ...] = ()
+    shared = shared_cells(positions)
+    if shared:
+        notes += (f"{shared} of {len(positions)} tiles share a position with another tile (divisor {divisor} px)",)
     if distinct < POOLED_TOKENS:
         tiles = "1 tile fills" if distinct == 1 else f"{distinct} tiles fill"
         notes += (f"{tiles} {POOLED_TOKENS} slide tokens: some tokens repeat",)
     return replace(
         encoded,
-        tokens=SlideTokens(out, made_by, distinct),
+        tokens=SlideTokens(out, made_by, distinct, notes),
         tiles={**encoded.tiles, "distinct_tokens": distinct},
-        notes=notes,
+        notes=encoded.notes + notes,
     )
 
 
@@ -141,16 +201,19 @@ def load_tokens(path: Path, width: int, unpadded: int | None) -> Encoded:
     tokens = read_slide_tokens(path, {width} if unpadded is None else {width, unpadded})
     missing = width - tokens.tokens.shape[1]
     if missing:
-        tokens = replace(tokens, tokens=np.pad(tokens.tokens, ((0, 0), (0, missing))))
+        note = f"slide tokens zero-padded from {unpadded} to {width} channels"
+        padded = np.pad(tokens.tokens, ((0, 0), (0, missing)))
+        tokens = replace(tokens, tokens=padded, notes=(*tokens.notes, note))
     tiles = {"grid": None, "kept": None, "failed": 0, "distinct_tokens": tokens.distinct}
-    notes = (f"slide tokens zero-padded from {unpadded} to {width} channels",) if missing else ()
-    return Encoded(tokens, None, tiles, notes=(*tokens.notes, *notes))
+    return Encoded(tokens, None, tiles, notes=tokens.notes)
 
 
-def _require_finite(x: np.ndarray, what: str, names) -> None:
+def _require_finite(x: np.ndarray, what: str, names: Sequence[object], engine: EngineManifest) -> None:
     bad = np.flatnonzero(~np.isfinite(x).all(axis=1))
     if bad.size:
+        fix = "check the engines with `wsi-rt verify DIR`, and report this if they pass"
+        if any(compiled.precision != "fp32" for compiled in engine.targets.values()):
+            fix = f"rebuild the engines with --precision {engine.name}=fp32; if they are fp32, {fix}"
         raise WsiRtError(
-            f"{what} {names[int(bad[0])]} encodes to values that are not finite ({bad.size} of {len(x)} do); "
-            "rebuild the engines with --precision fp32, and run wsi-rt verify"
+            f"{what} {names[int(bad[0])]} encodes to values that are not finite ({bad.size} of {len(x)} do); {fix}"
         )

@@ -31,7 +31,7 @@ class CheckpointError(InputError):
     """A checkpoint with missing, unexpected or misshapen tensors, or a layout we cannot read."""
 
 
-class MissingDependencyError(WsiRtError):
+class MachineError(WsiRtError):
     """The environment lacks something: a package, a GPU, disk space, a writable folder."""
 
     exit_code = 3

@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -27,27 +28,49 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
-class EngineManifest:
-    """One component of a bundle.
+class Compiled:
+    """A component as one target runs it.
 
-    portable, engine: graph role ("model", or "embed" and "decoder") -> file, relative to the bundle.
-    weights_dir: folder that the engine files' external weights are relative to.
+    graphs: role ("model", or "embed" and "decoder") -> file, relative to the bundle. weights_dir: folder that
+    their external weights are relative to. parity: how far the "engine" was from the reference, and the "gate".
+    requires: what the machine must have, such as {"isa": "x86_64"}.
+    """
+
+    graphs: Mapping[str, str]
+    weights_dir: str
+    precision: str
+    parity: Mapping[str, Any]
+    requires: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class EngineManifest:
+    """One component of a bundle: what it computes, its portable graph, and what each target made of it.
+
+    portable: graph role -> file, relative to the bundle; portable_parity: how far that was from the reference.
     profile: symbolic dimension -> (min, opt, max). check: stored input and fp32 reference output.
-    parity: how far the engine was from the reference, and the gate. digest: of all its files.
+    targets: by target name. weights: identity of checkpoint and configuration, equal for every build of them
+    whatever the toolchain or precision; features and tokens name it. digest: of all its files.
     """
 
     name: str
-    precision: str
     config: Mapping[str, Any]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     profile: Mapping[str, tuple[int, int, int]]
     portable: Mapping[str, str]
-    engine: Mapping[str, str]
-    weights_dir: str
+    portable_parity: Mapping[str, float]
     check: str
-    parity: Mapping[str, Any]
+    targets: Mapping[str, Compiled]
+    weights: str
     digest: str
+
+    def compiled(self, target: str) -> Compiled:
+        """Raises InputError when it was not compiled for `target`."""
+        if target not in self.targets:
+            have = ", ".join(self.targets)
+            raise InputError(f"{self.name} is not compiled for {target!r}, expected one of: {have}")
+        return self.targets[target]
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> EngineManifest:
@@ -56,7 +79,8 @@ class EngineManifest:
             for key in ("inputs", "outputs")
         }
         profile = {dim: (low, opt, high) for dim, (low, opt, high) in data["profile"].items()}
-        return cls(**{**data, **specs, "profile": profile})
+        targets = {name: Compiled(**compiled) for name, compiled in data["targets"].items()}
+        return cls(**{**data, **specs, "profile": profile, "targets": targets})
 
 
 @dataclass(frozen=True)
@@ -67,12 +91,13 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The whole bundle. `source` tells the checkpoint (label, digest, synthetic); `build` the settings and
-    toolchain; `prompt` and `generation` are the defaults `ask` starts from."""
+    """The whole bundle. `targets` are in the order they were built. `source` tells the checkpoint: label, digest,
+    synthetic, every component it holds, and the build flags that name it. `build`: settings and toolchain.
+    `generation`: the defaults `ask` starts from."""
 
     schema: int
     version: str
-    target: str
+    targets: tuple[str, ...]
     source: Mapping[str, Any]
     build: Mapping[str, Any]
     components: Mapping[str, EngineManifest]
@@ -85,9 +110,11 @@ class Manifest:
         data = asdict(self)
         return {**data, "digest": sha256_json(json.loads(json.dumps(data)))}
 
-    def rebuild_command(self, root: Path) -> str:
-        """What builds this bundle again where it stands."""
-        return f"wsi-rt build-engines {self.source['arguments']} --out {shlex.quote(str(root))} --force"
+    def rebuild_command(self, root: Path, everything: bool = False) -> str:
+        """What builds this bundle again where it stands; `everything`: with all the checkpoint's components."""
+        whole = everything or set(self.components) == set(self.source["components"])
+        subset = "" if whole else f" --components {','.join(self.components)}"
+        return f"wsi-rt build-engines {self.source['arguments']}{subset} --out {shlex.quote(str(root))} --force"
 
 
 def load_manifest(root: Path) -> Manifest:
@@ -97,24 +124,41 @@ def load_manifest(root: Path) -> Manifest:
     damaged, or has a schema this version does not read.
     """
     path = root / FILE_NAME
-    build = f"build one: wsi-rt build-engines --checkpoint synthetic:nano --out {root}"
-    if not root.is_dir():
-        raise InputError(f"{root}: no engine bundle there; {build}")
     if not path.is_file():
-        raise InputError(f"{root}: a folder without {FILE_NAME}, expected an engine bundle; {build}")
+        what = f"a folder without {FILE_NAME}, expected an engine bundle" if root.is_dir() else "no engine bundle there"
+        command = f"wsi-rt build-engines --checkpoint synthetic:nano --out {shlex.quote(str(_free_place(root)))}"
+        raise InputError(f"{root}: {what}; build one: {command}")
+    again = (
+        f"rebuild it from its checkpoint: wsi-rt build-engines --checkpoint SRC --out {shlex.quote(str(root))} --force"
+    )
     try:
         data = json.loads(path.read_text())
         digest = data.pop("digest")
         schema = int(data["schema"])
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
-        raise EngineMismatchError(f"{path}: damaged ({e!r}); rebuild with wsi-rt build-engines ... --force") from e
+        raise EngineMismatchError(f"{path}: damaged ({e!r}); {again}") from e
     if schema != SCHEMA:
         raise EngineMismatchError(
-            f"{path}: schema {schema}, this wsi-rt reads {SCHEMA}; rebuild it, or use the wsi-rt {data.get('version')}"
+            f"{path}: schema {schema}, this wsi-rt reads {SCHEMA}; use the wsi-rt {data.get('version')}, or {again}"
         )
     if digest != sha256_json(data):
-        raise EngineMismatchError(f"{path}: edited after the build (its digest does not match); rebuild with --force")
+        raise EngineMismatchError(f"{path}: edited after the build (its digest does not match); {again}")
+    try:
+        return _from_json(data)
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise EngineMismatchError(f"{path}: not as this wsi-rt writes it ({e!r}); {again}") from e
+
+
+def _from_json(data: Mapping[str, Any]) -> Manifest:
     stored = data["components"]
     components = {n: EngineManifest.from_json(stored[n]) for n in COMPONENTS if n in stored}
     files = {name: FileEntry(**f) for name, f in data["files"].items()}
-    return Manifest(**{**data, "components": components, "files": files})
+    return Manifest(**{**data, "targets": tuple(data["targets"]), "components": components, "files": files})
+
+
+def _free_place(root: Path) -> Path:
+    """Where a build would not be refused: `root`, unless something stands there already."""
+    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+        return root
+    near = root / "engines" if root.is_dir() else root.with_name(f"{root.name}-engines")
+    return next(p for i in count(1) if not (p := near if i == 1 else near.with_name(f"{near.name}-{i}")).exists())

@@ -20,6 +20,7 @@ from wsi_rt.runtime.encode import (
     input_kind,
     load_tiles,
     load_tokens,
+    require_own,
 )
 from wsi_rt.runtime.engines.base import Engine
 from wsi_rt.runtime.errors import FeatureFileError, InputError
@@ -91,7 +92,9 @@ class Pipeline:
         else:
             encoder = self._engine("tile_encoder")
             encoded = encode_tiles(path, settings, encoder, self.bundle.threads, clock, on_progress)
-        encoded = replace(encoded, notes=(*ignored_settings(kind, settings), *encoded.notes))
+        require_own(encoded, self.bundle.manifest.components, str(path))
+        notes = (*ignored_settings(kind, settings), *encoded.notes)
+        encoded = replace(encoded, notes=notes, settings=settings)
         if tokens and encoded.tokens is None:
             on_progress("slide encoder", 0, 1)
             encoded = encode_tokens(encoded, settings.position_tile, self._engine("slide_encoder"), clock)
@@ -111,11 +114,15 @@ class Pipeline:
     ) -> Answer:
         """Answer one question about an input (as `encode` takes it, or what `encode` returned).
 
-        `settings` default to the bundle's. Everything that can be refused is refused before the slide is
-        read: question, context length. Raises WsiRtError subclasses.
+        `settings` default to the bundle's; `slide_settings` belong to an input that is yet to be read. Everything
+        that can be refused is refused before the slide is read: question, context length. Raises WsiRtError
+        subclasses.
         """
+        if isinstance(source, Encoded):
+            if slide_settings is not None:
+                raise InputError("slide_settings given with an input that is encoded already: give them to encode()")
+            require_own(source, self.bundle.manifest.components, "this encoded input")
         settings = settings or self.default_generation()
-        slide_settings = slide_settings or SlideSettings()
         prompt = encode_prompt(self._open_tokenizer(), settings.template, question)
         self._require_room(prompt)
         if isinstance(source, Encoded):
@@ -142,7 +149,7 @@ class Pipeline:
             timings_ms={stage: timings.get(stage, 0.0) for stage in STAGES},
             tiles=encoded.tiles,
             engines={name: c.digest for name, c in self.bundle.manifest.components.items()},
-            settings={**settings.to_json(), "slide": self._slide_settings(encoded, slide_settings), **self._machine()},
+            settings={**settings.to_json(), "slide": self._slide_settings(encoded), **self._machine()},
             notes=(*encoded.notes, *generation.notes, *self._weights_note()),
         )
 
@@ -233,16 +240,18 @@ class Pipeline:
             self._prefix = prefill_prefix(decoder, prompt.before, projected, needed, key)
         return self._prefix
 
-    def _slide_settings(self, encoded: Encoded, settings: SlideSettings) -> dict[str, object]:
+    def _slide_settings(self, encoded: Encoded) -> dict[str, object]:
         """What was asked for, and what the slide or file turned out to be."""
-        out: dict[str, object] = dict(settings.to_json())
+        out: dict[str, object] = dict(encoded.settings.to_json())
         if encoded.slide is not None:
             out |= {"reader": encoded.slide.provenance.maker, "mpp0": encoded.slide.mpp0}
             out |= {"mpp_source": encoded.slide.mpp_source}
         if encoded.features is not None:
             out |= {"patch_size_level0": encoded.features.grid.patch_size_level0, "order": encoded.features.grid.order}
         if encoded.tokens is not None:
-            out["position_tile"] = encoded.tokens.provenance.settings.get("position_tile", settings.position_tile)
+            out["position_tile"] = encoded.tokens.provenance.settings.get(
+                "position_tile", encoded.settings.position_tile
+            )
         return out
 
     def _weights_note(self) -> tuple[str, ...]:
@@ -250,6 +259,6 @@ class Pipeline:
         return ("these engines hold synthetic weights; the answer has no meaning",) if synthetic else ()
 
     def _machine(self) -> dict[str, object]:
-        manifest = self.bundle.manifest
-        precision = {name: c.precision for name, c in manifest.components.items()}
-        return {"target": manifest.target, "precision": precision, "threads": self.bundle.threads}
+        target, components = self.bundle.target, self.bundle.manifest.components
+        precision = {name: c.targets[target].precision for name, c in components.items() if target in c.targets}
+        return {"target": target, "precision": precision, "threads": self.bundle.threads}

@@ -26,3 +26,8 @@ def grid_positions(grid: TileGrid, position_tile: int | None = None) -> NDArray[
             f"{tuple(grid.xy0[first].tolist())} with divisor {divisor}); use a larger --position-tile or --target-mpp"
         )
     return np.ascontiguousarray(positions)
+
+
+def shared_cells(positions: NDArray[np.int64]) -> int:
+    """Tiles beyond the first in their cell of the position grid, which the slide encoder cannot tell apart."""
+    return len(positions) - len(np.unique(positions[:, 1] * GRID + positions[:, 0]))

@@ -6,7 +6,7 @@ Weights go straight to an external data file as they are added, so a graph never
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,11 @@ class WeightFile:
         self._written: dict[str, TensorProto] = {}
         path.write_bytes(b"")
 
-    def add(self, name: str, array: NDArray[Any]) -> TensorProto:
-        """The initializer for `array`; the same name means the same tensor."""
+    def add(self, name: str, make: Callable[[], NDArray[Any]]) -> TensorProto:
+        """The initializer of that name, `make` called only when it is not written yet: one name, one tensor."""
         if name in self._written:
             return self._written[name]
-        array = np.ascontiguousarray(array)
+        array = np.ascontiguousarray(make())
         if array.nbytes <= _INLINE_BYTES:
             tensor = onnx.numpy_helper.from_array(array, name)
         else:
@@ -91,12 +91,12 @@ class GraphBuilder:
         self._outputs.append(helper.make_tensor_value_info(name, dtype, dims))
         return name
 
-    def weight(self, name: str, array: NDArray[Any]) -> str:
-        """An initializer in the external data file."""
+    def weight(self, name: str, make: Callable[[], NDArray[Any]]) -> str:
+        """An initializer in the external data file; `make` loads it unless the file holds one of that name."""
         if self._weights is None:
             raise ValueError("a function body holds no weights")
         if name not in self._initializers:
-            self._initializers[name] = self._weights.add(name, array)
+            self._initializers[name] = self._weights.add(name, make)
         return name
 
     def constant(self, value: Any, dtype: Any = np.int64, name: str | None = None) -> str:

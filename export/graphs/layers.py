@@ -1,32 +1,40 @@
-"""Layers that more than one component's graph is made of: one `make` per layer, published names in, value out."""
+"""What more than one component's graph is made of: `Graph` makes layers with weights, functions those without."""
 
 from __future__ import annotations
 
 import numpy as np
 from onnx import TensorProto
 
-from wsi_rt.export.graphs.builder import GraphBuilder
-from wsi_rt.export.sources.weights import F32, WeightSource
+from wsi_rt.export.graphs.builder import GraphBuilder, WeightFile
+from wsi_rt.export.sources.weights import WeightSource
 
 FLOAT = TensorProto.FLOAT
 
 
-def linear(b: GraphBuilder, source: WeightSource, x: str, name: str, bias: bool = True) -> str:
-    """x [..., in] -> [..., out]; the weight is stored transposed, as MatMul wants it."""
-    with b.scope(name.rsplit(".", 1)[-1]):
-        y = b.op("MatMul", [x, b.weight(f"{name}.weight.T", _transposed(source, f"{name}.weight"))])
-        return b.op("Add", [y, b.weight(f"{name}.bias", source.get(f"{name}.bias"))]) if bias else y
+class Graph:
+    """What every component's graph is built with: a builder and the checkpoint it draws tensors from.
 
+    Every Linear of a component goes through `make_linear`, so a subclass that overrides it stores them another way.
+    """
 
-def _transposed(source: WeightSource, name: str) -> F32:
-    return np.ascontiguousarray(source.get(name).T)
+    def __init__(self, name: str, source: WeightSource, weights: WeightFile) -> None:
+        self.b, self.source = GraphBuilder(name, weights), source
 
+    def tensor(self, name: str) -> str:
+        """A tensor of the checkpoint under its own name."""
+        return self.b.weight(name, lambda: self.source.get(name))
 
-def layer_norm(b: GraphBuilder, source: WeightSource, x: str, name: str, eps: float) -> str:
-    with b.scope(name.rsplit(".", 1)[-1]):
-        weight = b.weight(f"{name}.weight", source.get(f"{name}.weight"))
-        bias = b.weight(f"{name}.bias", source.get(f"{name}.bias"))
-        return b.op("LayerNormalization", [x, weight, bias], axis=-1, epsilon=eps)
+    def make_linear(self, x: str, name: str, bias: bool = False) -> str:
+        """x [..., in] -> [..., out]; the weight is stored transposed, as MatMul wants it."""
+        with self.b.scope(name.rsplit(".", 1)[-1]):
+            weight = self.b.weight(f"{name}.weight.T", lambda: self.source.get(f"{name}.weight").T)
+            y = self.b.op("MatMul", [x, weight])
+            return self.b.op("Add", [y, self.tensor(f"{name}.bias")]) if bias else y
+
+    def make_layer_norm(self, x: str, name: str, eps: float) -> str:
+        with self.b.scope(name.rsplit(".", 1)[-1]):
+            inputs = [x, self.tensor(f"{name}.weight"), self.tensor(f"{name}.bias")]
+            return self.b.op("LayerNormalization", inputs, axis=-1, epsilon=eps)
 
 
 def activation(b: GraphBuilder, x: str, kind: str) -> str:

@@ -16,7 +16,7 @@ from onnx import TensorProto
 
 from wsi_rt.export.arch import LlamaConfig
 from wsi_rt.export.graphs.builder import ORT_DOMAIN, GraphBuilder, WeightFile
-from wsi_rt.export.graphs.layers import FLOAT, activation, attention, linear, reshape
+from wsi_rt.export.graphs.layers import FLOAT, Graph, activation, attention, reshape
 from wsi_rt.export.sources.weights import WeightSource
 
 
@@ -24,20 +24,22 @@ def build_embed(c: LlamaConfig, source: WeightSource, weights: WeightFile, path:
     """`input_ids` i64 [tokens] -> `embeds` f32 [tokens, hidden]."""
     b = GraphBuilder("embed", weights)
     ids = b.input("input_ids", TensorProto.INT64, ["tokens"])
-    table = b.weight("model.embed_tokens.weight", source.get("model.embed_tokens.weight"))
+    table = b.weight("model.embed_tokens.weight", lambda: source.get("model.embed_tokens.weight"))
     b.output(b.op("Gather", [table, ids], axis=0), "embeds", FLOAT, ["tokens", c.hidden])
     b.save(path)
 
 
 def rope_tables(c: LlamaConfig) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """cos and sin [context, head_width / 2], in fp32 as transformers computes them."""
-    exponent = np.arange(0, c.head_width, 2, dtype=np.float32) / np.float32(c.head_width)
-    inverse = np.float32(1.0) / np.power(np.float32(c.rope_theta), exponent)
-    angle = np.arange(c.context, dtype=np.float32)[:, None] * inverse
-    return np.cos(angle), np.sin(angle)
+    """cos and sin [context, head_width / 2], in fp32 by torch as transformers computes them: numpy's powers differ in
+    the last bit, which a position of 4000 turns into 2e-4 of the cosine."""
+    import torch
+
+    inverse = 1.0 / c.rope_theta ** (torch.arange(0, c.head_width, 2, dtype=torch.float32) / c.head_width)
+    angle = torch.arange(c.context, dtype=torch.float32)[:, None] * inverse
+    return angle.cos().numpy(), angle.sin().numpy()
 
 
-class LlamaGraph:
+class LlamaGraph(Graph):
     """Portable decoder graph.
 
     Inputs: `inputs_embeds` f32 [batch, tokens, hidden]; `past.{i}.key`, `past.{i}.value` f32
@@ -46,8 +48,8 @@ class LlamaGraph:
     """
 
     def __init__(self, c: LlamaConfig, source: WeightSource, weights: WeightFile) -> None:
-        self.c, self.source = c, source
-        self.b = GraphBuilder("decoder", weights)
+        super().__init__("decoder", source, weights)
+        self.c = c
         self.shared: dict[str, str] = {}
 
     def build(self, path: Path) -> None:
@@ -61,21 +63,21 @@ class LlamaGraph:
             last = b.op("Slice", [x, b.constant([-1]), b.constant([2**62]), b.constant([1])])
             last = self.make_norm(b.op("Squeeze", [last, b.constant([1])]), "model.norm")
             name = "model.embed_tokens" if c.tied_embeddings else "lm_head"
-            b.output(linear(b, self.source, last, name, bias=False), "logits", FLOAT, ["batch", c.vocab])
+            b.output(self.make_linear(last, name), "logits", FLOAT, ["batch", c.vocab])
         b.save(path)
 
     def make_layer(self, x: str, i: int) -> str:
         b, p = self.b, f"model.layers.{i}"
         y = self.make_norm(x, f"{p}.input_layernorm")
         with b.scope("attn"):
-            q, k, v = (linear(b, self.source, y, f"{p}.self_attn.{n}_proj", bias=False) for n in "qkv")
+            q, k, v = (self.make_linear(y, f"{p}.self_attn.{n}_proj") for n in "qkv")
             y = self.make_attention(q, k, v, i)
-            x = b.op("Add", [x, linear(b, self.source, y, f"{p}.self_attn.o_proj", bias=False)])
+            x = b.op("Add", [x, self.make_linear(y, f"{p}.self_attn.o_proj")])
         y = self.make_norm(x, f"{p}.post_attention_layernorm")
         with b.scope("mlp"):
-            gate = activation(b, linear(b, self.source, y, f"{p}.mlp.gate_proj", bias=False), "silu")
-            up = linear(b, self.source, y, f"{p}.mlp.up_proj", bias=False)
-            y = linear(b, self.source, b.op("Mul", [gate, up]), f"{p}.mlp.down_proj", bias=False)
+            gate = activation(b, self.make_linear(y, f"{p}.mlp.gate_proj"), "silu")
+            up = self.make_linear(y, f"{p}.mlp.up_proj")
+            y = self.make_linear(b.op("Mul", [gate, up]), f"{p}.mlp.down_proj")
             return b.op("Add", [x, y])
 
     def make_shared(self, x: str) -> None:
@@ -87,11 +89,16 @@ class LlamaGraph:
             past = b.op("Squeeze", [b.op("Shape", [past_key], start=2, end=3), b.constant([0])])
             total = b.op("Add", [past, tokens])
             position = b.op("Range", [past, total, b.constant(1)])
-            for name, table in zip(("cos", "sin"), rope_tables(self.c), strict=True):
-                self.shared[name] = b.op("Gather", [b.weight(f"rope.{name}", table), position])  # [T, D / 2]
+            for name, table in self.rope().items():
+                self.shared[name] = b.op("Gather", [table, position])  # [T, D / 2]
             keys = b.op("Range", [b.constant(0), total, b.constant(1)])
             query = b.op("Unsqueeze", [position, b.constant([1])])
             self.shared["mask"] = b.op("LessOrEqual", [keys, query])  # [T, total]
+
+    def rope(self) -> dict[str, str]:
+        """The rotary tables of the whole context."""
+        cos, sin = rope_tables(self.c)
+        return {"cos": self.b.weight("rope.cos", lambda: cos), "sin": self.b.weight("rope.sin", lambda: sin)}
 
     def past(self, i: int) -> tuple[str, str]:
         """Past key and value of layer i, declared as inputs when first asked for."""
@@ -108,7 +115,7 @@ class LlamaGraph:
         with b.scope(name.rsplit(".", 1)[-1]):
             mean = b.op("ReduceMean", [b.op("Mul", [x, x]), b.constant([-1])], keepdims=1)
             root = b.op("Sqrt", [b.op("Add", [mean, b.constant(self.c.rms_eps, np.float32)])])
-            return b.op("Mul", [b.op("Div", [x, root]), b.weight(f"{name}.weight", self.source.get(f"{name}.weight"))])
+            return b.op("Mul", [b.op("Div", [x, root]), self.tensor(f"{name}.weight")])
 
     def make_attention(self, q: str, k: str, v: str, i: int) -> str:
         """q [B, T, heads * D], k and v [B, T, kv_heads * D] -> [B, T, heads * D]; writes present KV."""
@@ -155,8 +162,7 @@ class OrtCpuLlamaGraph(LlamaGraph):
         b = self.b
         self.shared["seqlens_k"] = b.input("seqlens_k", TensorProto.INT32, ["batch"])
         self.shared["total"] = b.input("total_sequence_length", TensorProto.INT32, [])
-        for name, table in zip(("cos", "sin"), rope_tables(self.c), strict=True):
-            self.shared[name] = b.weight(f"rope.{name}", table)
+        self.shared |= self.rope()
 
     def past(self, i: int) -> tuple[str, str]:
         dims: list[Any] = ["batch", self.c.kv_heads, "capacity", self.c.head_width]
@@ -164,7 +170,7 @@ class OrtCpuLlamaGraph(LlamaGraph):
 
     def make_norm(self, x: str, name: str) -> str:
         with self.b.scope(name.rsplit(".", 1)[-1]):
-            weight = self.b.weight(f"{name}.weight", self.source.get(f"{name}.weight"))
+            weight = self.tensor(f"{name}.weight")
             return self.b.op("SimplifiedLayerNormalization", [x, weight], axis=-1, epsilon=self.c.rms_eps)
 
     def make_attention(self, q: str, k: str, v: str, i: int) -> str:

@@ -5,17 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from wsi_rt.export.arch import ProjectorConfig
-from wsi_rt.export.graphs.builder import GraphBuilder, WeightFile
-from wsi_rt.export.graphs.layers import FLOAT, activation, linear
+from wsi_rt.export.graphs.builder import WeightFile
+from wsi_rt.export.graphs.layers import FLOAT, Graph, activation
 from wsi_rt.export.sources.weights import WeightSource
 
 
 def build(c: ProjectorConfig, source: WeightSource, path: Path) -> None:
     """Writes `path` and its weights; `tokens` f32 [tokens, widths[0]] -> `embeds` f32 [tokens, widths[-1]]."""
-    b = GraphBuilder("projector", WeightFile(path.with_name("weights.data")))
+    graph = Graph("projector", source, WeightFile(path.with_name("weights.data")))
+    b = graph.b
     x = b.input("tokens", FLOAT, ["tokens", c.widths[0]])
     for i, name in enumerate(c.linear_names()):
         with b.scope("mm_projector"):
-            x = linear(b, source, activation(b, x, "gelu") if i else x, name)
+            x = graph.make_linear(activation(b, x, "gelu") if i else x, name, bias=True)
     b.output(x, "embeds", FLOAT, ["tokens", c.widths[-1]])
     b.save(path)

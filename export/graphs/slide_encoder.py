@@ -12,7 +12,7 @@ from onnx import TensorProto
 from wsi_rt.export.arch import LongNetConfig
 from wsi_rt.export.graphs.builder import GraphBuilder, WeightFile
 from wsi_rt.export.graphs.dilated_attention import dilated_attention
-from wsi_rt.export.graphs.layers import FLOAT, activation, layer_norm, linear, reshape
+from wsi_rt.export.graphs.layers import FLOAT, Graph, activation, reshape
 from wsi_rt.export.sources.weights import WeightSource
 from wsi_rt.kernels.slide_embed import GRID
 
@@ -24,18 +24,8 @@ def build(c: LongNetConfig, source: WeightSource, path: Path, *, expose_encoder_
     Outputs `tokens` f32 [576, padded] and, when the norm is as wide as C, `cls` and `mean` f32 [C];
     `encoder_out` f32 [tiles + 1, C] on request.
     """
-    b = GraphBuilder("slide_encoder", WeightFile(path.with_name("weights.data")))
-    features = b.input("features", FLOAT, ["tiles", c.in_width])
-    positions = b.input("positions", TensorProto.INT64, ["tiles", 2])
-    x = _embed(b, c, source, features, positions)
-    for i in range(c.depth):
-        with b.scope(f"layers.{i}"):
-            x = _layer(b, c, source, x, f"encoder.layers.{i}")
-    x = layer_norm(b, source, x, "encoder.layer_norm", c.eps)
-    _heads(b, c, source, x)
-    if expose_encoder_out:
-        b.output(x, "encoder_out", FLOAT, ["tokens", c.width])
-    b.save(path)
+    weights = WeightFile(path.with_name("weights.data"))
+    SlideEncoderGraph(c, source, weights).build(path, expose_encoder_out)
 
 
 def axis_table(width: int) -> NDArray[np.float32]:
@@ -48,49 +38,69 @@ def axis_table(width: int) -> NDArray[np.float32]:
     return np.concatenate([np.sin(angle), np.cos(angle)], axis=1).astype(np.float32)
 
 
-def _embed(b: GraphBuilder, c: LongNetConfig, source: WeightSource, features: str, positions: str) -> str:
-    """-> [N + 1, C]: projected features plus positions (row first, then col), CLS (position zero) in front."""
-    with b.scope("embed"):
-        x = linear(b, source, features, "patch_embed.proj")
-        table = b.weight("axis_table", axis_table(c.width // 2))
-        col, row = (b.op("Gather", [positions, b.constant(axis)], axis=1) for axis in (0, 1))
-        position = b.op("Concat", [b.op("Gather", [table, row]), b.op("Gather", [table, col])], axis=1)
-        cls_token = b.weight("cls_token", source.get("cls_token").reshape(1, c.width))
-        return b.op("Concat", [cls_token, b.op("Add", [x, position])], axis=0)
+class SlideEncoderGraph(Graph):
+    def __init__(self, c: LongNetConfig, source: WeightSource, weights: WeightFile) -> None:
+        super().__init__("slide_encoder", source, weights)
+        self.c = c
 
+    def build(self, path: Path, expose_encoder_out: bool) -> None:
+        b, c = self.b, self.c
+        features = b.input("features", FLOAT, ["tiles", c.in_width])
+        positions = b.input("positions", TensorProto.INT64, ["tiles", 2])
+        x = self._embed(features, positions)
+        for i in range(c.depth):
+            with b.scope(f"layers.{i}"):
+                x = self._layer(x, f"encoder.layers.{i}")
+        x = self.make_layer_norm(x, "encoder.layer_norm", c.eps)
+        self._heads(x)
+        if expose_encoder_out:
+            b.output(x, "encoder_out", FLOAT, ["tokens", c.width])
+        b.save(path)
 
-def _layer(b: GraphBuilder, c: LongNetConfig, source: WeightSource, x: str, p: str) -> str:
-    y = layer_norm(b, source, x, f"{p}.self_attn_layer_norm", c.eps)
-    with b.scope("attn"):
-        head = c.width // c.heads
-        q, k, v = (
-            reshape(b, linear(b, source, y, f"{p}.self_attn.{n}"), [-1, c.heads, head])
-            for n in ("q_proj", "k_proj", "v_proj")
-        )
-        y = dilated_attention(b, q, k, v, c.segment_lengths, c.dilated_ratios, c.heads, head)
-        y = layer_norm(b, source, reshape(b, y, [-1, c.width]), f"{p}.self_attn.inner_attn_ln", c.eps)
-        x = b.op("Add", [x, linear(b, source, y, f"{p}.self_attn.out_proj")])
-    y = layer_norm(b, source, x, f"{p}.final_layer_norm", c.eps)
-    with b.scope("ffn"):
-        y = activation(b, linear(b, source, y, f"{p}.ffn.fc1"), "gelu")
-        y = layer_norm(b, source, y, f"{p}.ffn.ffn_layernorm", c.eps)
-        return b.op("Add", [x, linear(b, source, y, f"{p}.ffn.fc2")])
+    def _embed(self, features: str, positions: str) -> str:
+        """-> [N + 1, C]: projected features plus positions (row first, then col), CLS (position zero) in front."""
+        b, c = self.b, self.c
+        with b.scope("embed"):
+            x = self.make_linear(features, "patch_embed.proj", bias=True)
+            table = b.weight("axis_table", lambda: axis_table(c.width // 2))
+            col, row = (b.op("Gather", [positions, b.constant(axis)], axis=1) for axis in (0, 1))
+            position = b.op("Concat", [b.op("Gather", [table, row]), b.op("Gather", [table, col])], axis=1)
+            cls_token = b.weight("cls_token", lambda: self.source.get("cls_token").reshape(1, c.width))
+            return b.op("Concat", [cls_token, b.op("Add", [x, position])], axis=0)
 
+    def _layer(self, x: str, p: str) -> str:
+        b, c = self.b, self.c
+        y = self.make_layer_norm(x, f"{p}.self_attn_layer_norm", c.eps)
+        with b.scope("attn"):
+            head = c.width // c.heads
+            q, k, v = (
+                reshape(b, self.make_linear(y, f"{p}.self_attn.{n}", bias=True), [-1, c.heads, head])
+                for n in ("q_proj", "k_proj", "v_proj")
+            )
+            y = dilated_attention(b, q, k, v, c.segment_lengths, c.dilated_ratios, c.heads, head)
+            y = self.make_layer_norm(reshape(b, y, [-1, c.width]), f"{p}.self_attn.inner_attn_ln", c.eps)
+            x = b.op("Add", [x, self.make_linear(y, f"{p}.self_attn.out_proj", bias=True)])
+        y = self.make_layer_norm(x, f"{p}.final_layer_norm", c.eps)
+        with b.scope("ffn"):
+            y = activation(b, self.make_linear(y, f"{p}.ffn.fc1", bias=True), "gelu")
+            y = self.make_layer_norm(y, f"{p}.ffn.ffn_layernorm", c.eps)
+            return b.op("Add", [x, self.make_linear(y, f"{p}.ffn.fc2", bias=True)])
 
-def _heads(b: GraphBuilder, c: LongNetConfig, source: WeightSource, x: str) -> None:
-    """The outputs: pooled tokens and, where the norm allows, the CLS and mean heads."""
-    norm = [b.weight(f"norm.{n}", source.get(f"norm.{n}")) for n in ("weight", "bias")]
-    with b.scope("pool"):
-        tiles = b.op("Slice", [x, b.constant([1]), b.constant([2**62]), b.constant([0])])
-        tokens = b.call(_pool_norm_pad(c), [tiles, *norm], pooled=c.pooled, padded=c.padded)
-    b.output(tokens, "tokens", FLOAT, [c.pooled, c.padded])
-    if c.norm_width != c.width:
-        return
-    with b.scope("heads"):
-        mean = b.op("ReduceMean", [tiles, b.constant([0])], keepdims=0)
-        for name, value in (("cls", b.op("Gather", [x, b.constant(0)], axis=0)), ("mean", mean)):
-            normed = b.op("LayerNormalization", [value, *norm], axis=-1, epsilon=c.pool_eps)
-            b.output(normed, name, FLOAT, [c.width])
+    def _heads(self, x: str) -> None:
+        """The outputs: pooled tokens and, where the norm allows, the CLS and mean heads."""
+        b, c = self.b, self.c
+        norm = [self.tensor(f"norm.{n}") for n in ("weight", "bias")]
+        with b.scope("pool"):
+            tiles = b.op("Slice", [x, b.constant([1]), b.constant([2**62]), b.constant([0])])
+            tokens = b.call(_pool_norm_pad(c), [tiles, *norm], pooled=c.pooled, padded=c.padded)
+        b.output(tokens, "tokens", FLOAT, [c.pooled, c.padded])
+        if c.norm_width != c.width:
+            return
+        with b.scope("heads"):
+            mean = b.op("ReduceMean", [tiles, b.constant([0])], keepdims=0)
+            for name, value in (("cls", b.op("Gather", [x, b.constant(0)], axis=0)), ("mean", mean)):
+                normed = b.op("LayerNormalization", [value, *norm], axis=-1, epsilon=c.pool_eps)
+                b.output(normed, name, FLOAT, [c.width])
 
 
 def _pool_norm_pad(c: LongNetConfig) -> onnx.FunctionProto:

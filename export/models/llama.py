@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def build_llama(c: LlamaConfig) -> nn.Module:
-    """An uninitialised LlamaForCausalLM of this size (weights are assigned by `load_into`)."""
+    """An uninitialised LlamaForCausalLM of this size (`models.reference_model` assigns its weights)."""
     from transformers import LlamaConfig as HfConfig
     from transformers import LlamaForCausalLM
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import parse_qsl
 
@@ -122,10 +122,7 @@ def _synthetic(word: str, component: str) -> Part:
 def _encoder(name: str, path: Path) -> Part:
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder, expected the {name.replace('_', ' ')}'s checkpoint")
-    if name == TILE:
-        config, source = load_timm_directory(path)
-        return Part(config, source)
-    return load_slide_encoder(path)
+    return load_timm_directory(path) if name == TILE else load_slide_encoder(path)
 
 
 def _fit(parts: dict[str, Part]) -> dict[str, Part]:
@@ -139,8 +136,7 @@ def _fit(parts: dict[str, Part]) -> dict[str, Part]:
                 f"slide encoder of width {slide.width} with a norm of {slide.norm_width} does not fit a projector that "
                 f"takes {padded}"
             )
-        config = LongNetConfig(**{**vars(slide), "padded": padded})
-        parts[SLIDE] = Part(config, parts[SLIDE].source)
+        parts[SLIDE] = replace(parts[SLIDE], config=replace(slide, padded=padded))
     for a, b, left, right in (
         (TILE, SLIDE, getattr(tile, "width", None), getattr(slide, "in_width", None)),
         (

@@ -12,7 +12,7 @@ import numpy as np
 
 from wsi_rt.export.arch import Shapes
 from wsi_rt.export.sources.weights import F32, WeightSource
-from wsi_rt.runtime.errors import CheckpointError, MissingDependencyError
+from wsi_rt.runtime.errors import CheckpointError, MachineError
 from wsi_rt.runtime.hashing import sha256_file
 
 
@@ -84,7 +84,7 @@ def _open_safetensors(path: Path) -> Any:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as e:
-        raise MissingDependencyError(f"reading {path} needs safetensors: pip install 'wsi-rt[export]'") from e
+        raise MachineError(f"reading {path} needs safetensors: pip install '.[export]' in a checkout of wsi-rt") from e
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as e:
@@ -97,14 +97,19 @@ def _safetensors_shapes(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield name, tuple(f.get_slice(name).get_shape())
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """A configuration file; raises CheckpointError when it is missing or holds anything but an object."""
+def read_json_object(path: Path, optional: bool = False) -> dict[str, Any]:
+    """A configuration file; an `optional` one that is missing is empty.
+
+    Raises CheckpointError when it is missing or holds anything but an object.
+    """
+    if optional and not path.is_file():
+        return {}
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise CheckpointError(f"{path}: not readable ({e.strerror}), expected the checkpoint's configuration") from e
     except ValueError as e:
-        raise CheckpointError(f"{path}: not JSON ({e})") from e
+        raise CheckpointError(f"{path}: corrupt ({e}), expected JSON; download it again") from e
     if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: a JSON {type(data).__name__}, expected an object")
+        raise CheckpointError(f"{path}: a JSON {type(data).__name__}, expected an object; download it again")
     return data

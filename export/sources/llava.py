@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from wsi_rt.export.arch import LlamaConfig, ProjectorConfig
+from wsi_rt.export.sources.fields import Fields
 from wsi_rt.export.sources.files import SafetensorsSource, read_json_object
 from wsi_rt.export.sources.weights import Overlay, Part, Renamed, WeightSource
 from wsi_rt.runtime.errors import CheckpointError
@@ -68,13 +69,41 @@ def projector_config(source: WeightSource) -> ProjectorConfig:
 
 def llama_config(data: Mapping[str, Any], label: str) -> LlamaConfig:
     """A Hugging Face `config.json` -> LlamaConfig; raises CheckpointError naming what is not supported."""
+    f = Fields({k: v for k, v in data.items() if v is not None}, f"{label}: config.json")  # null: transformers' default
+    rope = _plain_rope(f, data)
+    heads, hidden = f.whole("num_attention_heads"), f.whole("hidden_size")
+    kv_heads = f.whole("num_key_value_heads", default=heads)
+    if hidden % heads:  # whatever head_dim says
+        f.refuse("num_attention_heads", heads, f"a divisor of hidden_size {hidden}, as transformers demands")
+    if heads % kv_heads:
+        f.refuse("num_key_value_heads", kv_heads, f"a divisor of the {heads} heads")
+    head_width = f.whole("head_dim", default=hidden // heads)
+    if head_width % 16:  # onnxruntime's GroupQueryAttention
+        f.refuse("head_dim", head_width, "a multiple of 16")
+    return LlamaConfig(
+        hidden=hidden,
+        layers=f.whole("num_hidden_layers"),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_width=head_width,
+        ffn=f.whole("intermediate_size"),
+        vocab=f.whole("vocab_size"),
+        context=f.whole("max_position_embeddings"),
+        rms_eps=f.positive("rms_norm_eps"),
+        rope_theta=rope.positive("rope_theta", default=f.positive("rope_theta", default=10000.0)),
+        tied_embeddings=f.flag("tie_word_embeddings", default=False),
+    )
+
+
+def _plain_rope(f: Fields, data: Mapping[str, Any]) -> Fields:
+    """Refuse what is no plain Llama; the settings of its rotary positions."""
     kind = data.get("model_type")
-    if kind not in {"llama", "llava", "llava_llama"}:
-        raise CheckpointError(f"{label}: language model {kind!r} is not supported, expected llama (or llava over it)")
+    if kind not in ("llama", "llava", "llava_llama"):
+        raise CheckpointError(f"{f.label}: language model {kind!r} is not supported, expected llama (or llava over it)")
     rope_name = "rope_parameters" if data.get("rope_parameters") else "rope_scaling"
     rope = data.get(rope_name) or {}
     if not isinstance(rope, dict):
-        raise CheckpointError(f"{label}: {rope_name} = {rope!r} in config.json is not an object")
+        raise CheckpointError(f"{f.label}: {rope_name} = {rope!r} is not an object")
     refused = {
         rope_name: rope.get("rope_type", rope.get("type", "default")) != "default",
         "attention_bias": data.get("attention_bias", False),
@@ -84,27 +113,5 @@ def llama_config(data: Mapping[str, Any], label: str) -> LlamaConfig:
     }
     if any(refused.values()):
         names = [f"{n} = {data.get(n)!r}" for n, bad in refused.items() if bad]
-        raise CheckpointError(f"{label}: {', '.join(names)} in config.json is not supported")
-    try:
-        heads = int(data["num_attention_heads"])
-        kv_heads = int(data.get("num_key_value_heads") or heads)
-        head_width = int(data.get("head_dim") or int(data["hidden_size"]) // heads)
-        if heads % kv_heads:
-            raise ValueError(f"num_key_value_heads: {kv_heads} for {heads} heads")
-        if head_width < 1 or head_width % 16:  # onnxruntime's GroupQueryAttention
-            raise ValueError(f"head_dim: {head_width}, expected a multiple of 16")
-        return LlamaConfig(
-            hidden=int(data["hidden_size"]),
-            layers=int(data["num_hidden_layers"]),
-            heads=heads,
-            kv_heads=kv_heads,
-            head_width=head_width,
-            ffn=int(data["intermediate_size"]),
-            vocab=int(data["vocab_size"]),
-            context=int(data["max_position_embeddings"]),
-            rms_eps=float(data["rms_norm_eps"]),
-            rope_theta=float(rope.get("rope_theta", data.get("rope_theta", 10000.0))),
-            tied_embeddings=bool(data.get("tie_word_embeddings", False)),
-        )
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as e:
-        raise CheckpointError(f"{label}: config.json lacks or garbles {e}") from e
+        raise CheckpointError(f"{f.label}: {', '.join(names)} is not supported, expected a plain Llama")
+    return Fields({k: v for k, v in rope.items() if v is not None}, f"{f.label}: {rope_name}")

@@ -9,7 +9,7 @@ from wsi_rt.export.arch import ComponentConfig, LlamaConfig, LongNetConfig, Proj
 
 @dataclass(frozen=True)
 class Preset:
-    """Four component sizes; `tokenizer_vocab` pieces of the synthetic tokenizer."""
+    """Four component sizes; the synthetic tokenizer has as many tokens as `llm.vocab`."""
 
     tile_encoder: ViTConfig
     slide_encoder: LongNetConfig

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from wsi_rt.export.arch import IMAGENET_MEAN, IMAGENET_STD, Shapes, ViTConfig
-from wsi_rt.export.sources.files import SafetensorsSource
-from wsi_rt.export.sources.weights import F32, Renamed, WeightSource
-from wsi_rt.runtime.errors import CheckpointError, MissingDependencyError
+from wsi_rt.export.sources.fields import Fields
+from wsi_rt.export.sources.files import SafetensorsSource, read_json_object
+from wsi_rt.export.sources.weights import F32, Part, Renamed, WeightSource
+from wsi_rt.runtime.errors import CheckpointError, MachineError
 from wsi_rt.runtime.types import TILE_PX
 
 # Tile encoders whose architecture is known without timm. Others are looked up in timm itself.
@@ -31,31 +31,34 @@ _KNOWN: dict[str, dict[str, Any]] = {
 }
 
 
-def load_timm_directory(path: Path) -> tuple[ViTConfig, WeightSource]:
+def load_timm_directory(path: Path) -> Part:
     """Raises CheckpointError on an unknown or unsupported architecture."""
     config_path = path / "config.json"
-    try:
-        data = json.loads(config_path.read_text())
-        name, args = str(data["architecture"]), dict(data.get("model_args") or {})
-        pretrained = dict(data.get("pretrained_cfg") or data)  # older files are one flat object
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    data = read_json_object(config_path)
+    name, args, pretrained = (data.get(k) for k in ("architecture", "model_args", "pretrained_cfg"))
+    args, pretrained = args or {}, pretrained or data  # older files are one flat object
+    if not (isinstance(name, str) and isinstance(args, dict) and isinstance(pretrained, dict)):
         raise CheckpointError(
-            f"{config_path}: not a timm config ({e!r}), expected a JSON object with `architecture`"
-        ) from e
-    if "img_size" not in args and pretrained.get("input_size"):
-        args["img_size"] = pretrained["input_size"][-1]
-    try:
-        config = _known(name, args, pretrained) if name in _KNOWN else _from_timm(name, args, pretrained)
-    except (TypeError, ValueError) as e:
-        raise CheckpointError(f"{config_path}: model_args {args} are garbled ({e})") from e
+            f"{config_path}: not a timm config (architecture = {name!r}, model_args {args!r:.80}), expected the name "
+            "of a timm model and an object"
+        )
+    preparation = Fields({k: v for k, v in pretrained.items() if v is not None}, str(config_path))
+    if "img_size" not in args and preparation.given("input_size"):
+        args = {**args, "img_size": preparation.wholes("input_size")[-1]}
+    if name in _KNOWN:
+        config = _known(name, Fields(_KNOWN[name] | args, f"{config_path}: model_args"), args)
+    else:
+        config = _from_timm(name, args)
+    config = replace(config, **_statistics(preparation))
     if config.image_px > TILE_PX:
         raise CheckpointError(
             f"{path}: {name} takes {config.image_px} px, tiles are {TILE_PX} px; set model_args.img_size to 224 "
             "(positions are resampled as timm does)"
         )
-    weights = Renamed(SafetensorsSource.open(path), lambda n: None if n.startswith("head.") else n)
+    stored = SafetensorsSource.open(path)
+    weights = Renamed(stored, lambda n: None if n.startswith("head.") else n)
     config = _fit_mlp(config, weights.shapes())
-    return config, _Resampled(weights, config)
+    return Part(config, _Resampled(weights, config), ignored=len(stored.shapes()) - len(weights.shapes()))
 
 
 def _fit_mlp(config: ViTConfig, shapes: Shapes) -> ViTConfig:
@@ -67,13 +70,15 @@ def _fit_mlp(config: ViTConfig, shapes: Shapes) -> ViTConfig:
     return replace(config, mlp="swiglu_packed", act="silu", mlp_hidden=fc2[-1])
 
 
-def _statistics(pretrained: dict[str, Any]) -> dict[str, Any]:
-    return {"mean": tuple(pretrained.get("mean", IMAGENET_MEAN)), "std": tuple(pretrained.get("std", IMAGENET_STD))}
+def _statistics(preparation: Fields) -> dict[str, Any]:
+    mean, std = preparation.triple("mean", IMAGENET_MEAN), preparation.triple("std", IMAGENET_STD)
+    if min(std) <= 0:
+        preparation.refuse("std", std, "numbers above 0")
+    return {"mean": mean, "std": std}
 
 
-def _known(name: str, args: dict[str, Any], pretrained: dict[str, Any]) -> ViTConfig:
+def _known(name: str, f: Fields, args: dict[str, Any]) -> ViTConfig:
     """From the table above; model_args override it, and any other argument is refused."""
-    a = dict(_KNOWN[name])
     allowed = {
         "img_size",
         "patch_size",
@@ -94,42 +99,43 @@ def _known(name: str, args: dict[str, Any], pretrained: dict[str, Any]) -> ViTCo
     unknown = sorted(n for n, v in args.items() if n not in allowed or fixed.get(n, v) != v)
     if unknown:
         raise CheckpointError(f"{name}: model_args {', '.join(f'{n}={args[n]!r}' for n in unknown)} are not supported")
-    a |= args
-    hidden = int(a["embed_dim"] * a["mlp_ratio"])
+    width, heads = f.whole("embed_dim"), f.whole("num_heads")
+    if width % heads:
+        f.refuse("num_heads", heads, f"a divisor of embed_dim {width}")
     return ViTConfig(
-        width=a["embed_dim"],
-        depth=a["depth"],
-        heads=a["num_heads"],
-        mlp_hidden=hidden // 2,
-        mlp=a["mlp"],
-        act=a["act"],
-        image_px=a["img_size"],
-        patch_px=a["patch_size"],
-        layer_scale=bool(a.get("init_values", a["layer_scale"])),
-        reg_tokens=a.get("reg_tokens", 0),
-        no_embed_class=a.get("no_embed_class", False),
-        **_statistics(pretrained),
+        width=width,
+        depth=f.whole("depth"),
+        heads=heads,
+        mlp_hidden=int(width * f.positive("mlp_ratio")) // 2,
+        mlp=_KNOWN[name]["mlp"],
+        act=_KNOWN[name]["act"],
+        image_px=f.whole("img_size"),
+        patch_px=f.whole("patch_size"),
+        layer_scale=bool(args.get("init_values", _KNOWN[name]["layer_scale"])),
+        reg_tokens=f.whole("reg_tokens", default=0, least=0),
+        no_embed_class=f.flag("no_embed_class", default=False),
     )
 
 
-def _from_timm(name: str, args: dict[str, Any], pretrained: dict[str, Any]) -> ViTConfig:
+def _from_timm(name: str, args: dict[str, Any]) -> ViTConfig:
     """Build the model without memory (meta device) and read what it is made of."""
     try:
         import timm
         import torch
     except (ImportError, RuntimeError) as e:  # a torchvision of another torch raises RuntimeError
-        raise MissingDependencyError(
-            f"tile encoder {name!r} needs timm, which does not import ({e}): pip install 'wsi-rt[export]'"
+        raise MachineError(
+            f"tile encoder {name!r} needs timm, which does not import ({e}): "
+            "pip install '.[export]' in a checkout of wsi-rt"
         ) from e
     try:
         with torch.device("meta"):
             model = timm.create_model(name, pretrained=False, **{**args, "num_classes": 0})
-    except (RuntimeError, TypeError, AssertionError, ValueError) as e:
+    except (RuntimeError, TypeError, AssertionError, ValueError, ArithmeticError) as e:
         raise CheckpointError(f"timm cannot build {name!r} with {args}: {e}") from e
-    return describe_timm(model, name, _statistics(pretrained))
+    return describe_timm(model, name)
 
 
-def describe_timm(model: Any, name: str, statistics: dict[str, Any] | None = None) -> ViTConfig:
+def describe_timm(model: Any, name: str) -> ViTConfig:
     """A timm VisionTransformer -> ViTConfig; raises CheckpointError naming what is not supported."""
     _refuse_unsupported(model, name)
     block, mlp = model.blocks[0], model.blocks[0].mlp
@@ -156,7 +162,6 @@ def describe_timm(model: Any, name: str, statistics: dict[str, Any] | None = Non
         norm_eps=norm.eps,
         pool=model.global_pool,
         fc_norm=type(model.fc_norm).__name__ != "Identity",
-        **(statistics or {}),
     )
 
 

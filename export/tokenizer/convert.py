@@ -13,9 +13,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from wsi_rt.export.sources.files import read_json_object
 from wsi_rt.export.tokenizer.corpus import CORPUS
 from wsi_rt.export.tokenizer.synthetic_bpe import BYTE_PIECES, SPECIALS, synthetic_pieces
-from wsi_rt.runtime.errors import CheckpointError, MissingDependencyError
+from wsi_rt.runtime.errors import CheckpointError, MachineError
 from wsi_rt.runtime.llm.tokenizer import CONFIG_FILE, TOKENIZER_FILE
 
 _SPACE = "\u2581"
@@ -29,7 +30,7 @@ def write_tokenizer(source: Path | str, out_dir: Path | str) -> dict[str, Any]:
     """Convert a checkpoint's tokenizer; returns what tokenizer_config.json holds.
 
     source: a directory (its tokenizer.model is preferred over its tokenizer.json, being what LLaVA loads), or one of
-    these files. CheckpointError: a missing, corrupt or unsupported tokenizer. MissingDependencyError: no sentencepiece.
+    these files. CheckpointError: a missing, corrupt or unsupported tokenizer. MachineError: no sentencepiece.
     """
     path = _find(Path(source))
     data, config = _from_sentencepiece(path) if path.suffix == ".model" else _from_json(path)
@@ -72,8 +73,8 @@ def _from_sentencepiece(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         from google.protobuf.message import DecodeError
         from sentencepiece import sentencepiece_model_pb2
     except ImportError as exc:
-        raise MissingDependencyError(
-            f"{path} needs {exc.name}, expected the extra; pip install 'wsi-rt[export]'"
+        raise MachineError(
+            f"{path} needs {exc.name}, expected the extra; pip install '.[export]' in a checkout of wsi-rt"
         ) from exc
 
     model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
@@ -195,7 +196,7 @@ def _has_prefix(data: Mapping[str, Any]) -> bool:
 def _special_ids(path: Path, ids: Mapping[str, int]) -> tuple[int, list[int]]:
     """(BOS id, EOS ids) from tokenizer_config.json, config.json and generation_config.json beside the file."""
     folder = path.parent
-    settings = _read_json(folder / CONFIG_FILE)
+    settings = read_json_object(folder / CONFIG_FILE, optional=True)
 
     def named(key: str, default: str) -> int | None:
         token = settings.get(key)
@@ -204,7 +205,7 @@ def _special_ids(path: Path, ids: Mapping[str, int]) -> tuple[int, list[int]]:
 
     bos = named("bos_token", "<s>")
     if bos is None:
-        given = _read_json(folder / "config.json").get("bos_token_id")
+        given = read_json_object(folder / "config.json", optional=True).get("bos_token_id")
         bos = given if isinstance(given, int) else None
     last = named("eos_token", "</s>")
     eos = sorted({*([] if last is None else [last]), *_config_eos_ids(folder)})
@@ -217,19 +218,8 @@ def _special_ids(path: Path, ids: Mapping[str, int]) -> tuple[int, list[int]]:
 
 def _config_eos_ids(folder: Path) -> Iterator[int]:
     for name in ("config.json", "generation_config.json"):
-        given = _read_json(folder / name).get("eos_token_id")
+        given = read_json_object(folder / name, optional=True).get("eos_token_id")
         yield from (i for i in (given if isinstance(given, list) else [given]) if isinstance(i, int))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty when there is no such file. CheckpointError when it is malformed."""
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
-        raise CheckpointError(f"{path} is corrupt ({exc}), expected JSON; download it again") from exc
-    return data if isinstance(data, dict) else {}
 
 
 def _config(

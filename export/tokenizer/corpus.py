@@ -1,7 +1,7 @@
 """Text that the synthetic tokenizer is trained on: written for this project, about pathology reports in general.
 
-It describes no patient. Changing a character changes every synthetic tokenizer (tests/export/test_tokenizer.py pins
-one digest).
+It describes no patient. Changing a character changes every synthetic tokenizer
+(tests/export/tokenizer/test_convert.py pins one digest).
 """
 
 CORPUS = """\

@@ -16,7 +16,7 @@ def dilated_attention(
 ) -> Tensor:
     """q, k, v: [L, H, D] of one dtype and device -> [L, H, D] fp32, computed in fp32.
 
-    Raises KernelInputError on shapes or branch lists that do not fit. Source: SPEC 3, LongNet.
+    Raises KernelInputError on shapes, dtypes, devices or branch lists that do not fit. Source: SPEC 3, LongNet.
     """
     from wsi_rt.kernels.dilated_attention.reference import dilated_attention_reference
 
@@ -24,6 +24,8 @@ def dilated_attention(
     shapes = [tuple(x.shape) for x in (q, k, v)]
     if len(set(shapes)) != 1 or len(shapes[0]) != 3 or 0 in shapes[0]:
         raise KernelInputError(f"q, k, v are {shapes}, expected three equal shapes [L >= 1, H, D]")
+    if len({x.device for x in (q, k, v)}) != 1:
+        raise KernelInputError(f"q, k, v are on {[str(x.device) for x in (q, k, v)]}, expected one device")
     if len({x.dtype for x in (q, k, v)}) != 1 or not q.dtype.is_floating_point:
         raise KernelInputError(f"q, k, v are {[x.dtype for x in (q, k, v)]}, expected one floating-point dtype")
     return dilated_attention_reference(q, k, v, segment_lengths, dilated_ratios)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from wsi_rt.runtime.engines.base import Array, Engine
-from wsi_rt.runtime.errors import EngineMismatchError, InputError, MissingDependencyError, WsiRtError
-from wsi_rt.runtime.manifest import EngineManifest
+from wsi_rt.runtime.errors import EngineMismatchError, InputError, MachineError, WsiRtError
+from wsi_rt.runtime.manifest import Compiled, EngineManifest
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -23,13 +24,13 @@ _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 def open_session(graph: Path, weights_dir: Path, threads: int) -> onnxruntime.InferenceSession:
     """A CPU session on `threads` threads, whose external weights stand in `weights_dir`.
 
-    Raises MissingDependencyError without onnxruntime, EngineMismatchError when it cannot open the graph
+    Raises MachineError without onnxruntime, EngineMismatchError when it cannot open the graph
     or would run it on another provider.
     """
     try:
         import onnxruntime as ort
     except ImportError as e:
-        raise MissingDependencyError(f"onnxruntime does not import ({e}); pip install onnxruntime") from e
+        raise MachineError(f"onnxruntime does not import ({e}); pip install onnxruntime") from e
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors only: the rest is raised
@@ -46,6 +47,23 @@ def open_session(graph: Path, weights_dir: Path, threads: int) -> onnxruntime.In
     return session
 
 
+@contextmanager
+def plain_failure(component: str) -> Iterator[None]:
+    """What onnxruntime raises while it runs as one line: memory that ran out is the machine's (exit 3), anything
+    else the engine's."""
+    try:
+        yield
+    except Exception as e:
+        if not isinstance(e, RuntimeError) and not type(e).__module__.startswith("onnxruntime"):
+            raise
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        if "alloc" in reason.lower():
+            raise MachineError(
+                f"{component}: memory ran out ({reason}); use a machine with more, or a coarser --target-mpp"
+            ) from e
+        raise WsiRtError(f"{component}: onnxruntime failed ({reason}); check the bundle with wsi-rt verify") from e
+
+
 class OrtEngine(Engine):
     """One ONNX graph in one session."""
 
@@ -54,8 +72,8 @@ class OrtEngine(Engine):
         self._session: onnxruntime.InferenceSession | None = session
 
     @classmethod
-    def open(cls, root: Path, manifest: EngineManifest, threads: int) -> OrtEngine:
-        return cls(manifest, open_session(root / manifest.engine["model"], root / manifest.weights_dir, threads))
+    def open(cls, root: Path, manifest: EngineManifest, compiled: Compiled, threads: int) -> OrtEngine:
+        return cls(manifest, open_session(root / compiled.graphs["model"], root / compiled.weights_dir, threads))
 
     def _run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> dict[str, Array]:
         if self._session is None:
@@ -63,7 +81,8 @@ class OrtEngine(Engine):
         contiguous = {name: np.ascontiguousarray(x) for name, x in inputs.items()}
         if not outputs:
             names = [s.name for s in self.manifest.outputs]
-            return dict(zip(names, self._session.run(names, contiguous), strict=True))
+            with plain_failure(self.manifest.name):
+                return dict(zip(names, self._session.run(names, contiguous), strict=True))
         binding = self._session.io_binding()
         for name, x in contiguous.items():
             binding.bind_input(name, "cpu", 0, x.dtype, x.shape, x.ctypes.data)
@@ -72,7 +91,8 @@ class OrtEngine(Engine):
                 what = "read-only" if x.flags.c_contiguous else "not contiguous"
                 raise InputError(f"{self.manifest.name}: `{name}` is {what}, expected memory to fill in place")
             binding.bind_output(name, "cpu", 0, x.dtype, x.shape, x.ctypes.data)
-        self._session.run_with_iobinding(binding)
+        with plain_failure(self.manifest.name):
+            self._session.run_with_iobinding(binding)
         return dict(outputs)
 
     def close(self) -> None:

@@ -17,21 +17,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Backend:
-    """Where a target's engine and decoder live: "module:class", each with `open(root, manifest, threads)`."""
+    """Where a target's engine and decoder live: "module:class", each with `open(root, manifest, compiled, threads)`.
+    Opening raises InputError when the component is not compiled for the target."""
 
+    target: str
     engine: str
     decoder: str
 
     def open_engine(self, root: Path, manifest: EngineManifest, threads: int) -> Engine:
-        return _load(self.engine).open(root, manifest, threads)
+        return _load(self.engine).open(root, manifest, manifest.compiled(self.target), threads)
 
     def open_decoder(self, root: Path, manifest: EngineManifest, threads: int) -> Decoder:
-        return _load(self.decoder).open(root, manifest, threads)
+        return _load(self.decoder).open(root, manifest, manifest.compiled(self.target), threads)
 
 
-TARGETS = {
-    "ort-cpu": Backend("wsi_rt.runtime.engines.ort:OrtEngine", "wsi_rt.runtime.llm.ort_decoder:OrtDecoder"),
-}
+_BACKENDS = (Backend("ort-cpu", "wsi_rt.runtime.engines.ort:OrtEngine", "wsi_rt.runtime.llm.ort_decoder:OrtDecoder"),)
+TARGETS = {b.target: b for b in _BACKENDS}
 
 
 def backend(target: str) -> Backend:

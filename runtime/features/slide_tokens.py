@@ -45,7 +45,7 @@ def _checked(array: NDArray[Any], where: str, widths: Collection[int] | None) ->
         accepted = " or ".join(f"[{POOLED_TOKENS}, {w}]" for w in sorted(widths or ())) or f"[{POOLED_TOKENS}, C]"
         raise FeatureFileError(
             f"{where} holds a tensor {list(array.shape)}, expected slide tokens {accepted} (a leading 1 is fine): "
-            "make them with `wsi-rt encode SLIDE --out tokens.pt`"
+            "make them with `wsi-rt encode SLIDE --engines DIR --out tokens.pt`"
         )
     if array.dtype.kind != "f":
         raise FeatureFileError(f"{where} holds {array.dtype}, expected slide tokens in float32, float16 or bfloat16")
@@ -66,7 +66,7 @@ def write_slide_tokens(path: str | os.PathLike[str], tokens: SlideTokens) -> Non
 
     Provenance and `distinct` travel in an entry that torch ignores. Atomic; same tokens, same bytes.
 
-    Raises: FeatureFileError (shape, dtype, values that are not finite), MissingDependencyError, InputError (disk).
+    Raises: FeatureFileError (shape, dtype, values that are not finite), MachineError, InputError (disk).
     """
     array = _checked(tokens.tokens, f"what would be written to {path}", None)
     write_tensor(path, array, extra={_ENTRY: dump_stamp(tokens.provenance, distinct=tokens.distinct)})

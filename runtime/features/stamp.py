@@ -16,11 +16,15 @@ MAX_STAMP_BYTES = 60_000  # HDF5 keeps attributes up to 64 KiB in the object hea
 
 
 def dump_stamp(provenance: Provenance, **facts: Any) -> bytes:
-    """The JSON of a provenance and further facts, ASCII, keys sorted. Raises: FeatureFileError when too long."""
+    """The JSON of a provenance and further facts, ASCII, keys sorted. Raises: FeatureFileError when too long.
+
+    Numbers read from a file of ours and written again keep the digest of what made them, not of that file.
+    """
+    settings = dict(provenance.settings)
     data = {
         "maker": provenance.maker,
-        "digest": provenance.digest,
-        "settings": dict(provenance.settings),
+        "digest": settings.pop("source_digest", provenance.digest),
+        "settings": settings,
         **{k: v for k, v in facts.items() if v is not None},
     }
     text = json.dumps(data, sort_keys=True, default=str).encode("ascii")
@@ -44,6 +48,12 @@ def load_stamp(text: bytes | str | None, *, digest: str, otherwise: str) -> tupl
     settings = {**claimed.settings, **({"source_digest": claimed.digest} if claimed.digest else {})}
     facts = {k: v for k, v in data.items() if k not in ("maker", "digest", "settings")}
     return Provenance(claimed.maker, digest, settings), facts
+
+
+def maker_digest(provenance: Provenance, component: str) -> str | None:
+    """The digest of the component that made a value, whether fresh or read from a file; None for another maker."""
+    digest = provenance.settings.get("source_digest", provenance.digest)
+    return digest if provenance.maker == component and isinstance(digest, str) and digest else None
 
 
 def claimed_provenance(data: dict[str, Any]) -> Provenance:

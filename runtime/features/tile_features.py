@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from wsi_rt.runtime.atomic import atomic_write
 from wsi_rt.runtime.errors import FeatureFileError
 from wsi_rt.runtime.features.stamp import STAMP, claimed_provenance, dump_stamp, load_stamp
-from wsi_rt.runtime.features.tile_h5 import read_raw
+from wsi_rt.runtime.features.tile_h5 import CARRIED, read_raw
 from wsi_rt.runtime.types import TILE_PX, TileFeatures, TileGrid
 
 MAX_FEATURE_BYTES = 8 << 30  # as float32: a million tiles (the whole 1000 x 1000 grid) of 1536 take 6.1 GB
@@ -36,11 +36,22 @@ def read_tile_features(
     sort: by exact (y, x), the order the slide encoder was trained on (`grid.order` "row-major"); a note says when that
     changed the file's order. With False the file's order stays, and `grid.order` is "file" when it is another one.
     patch_size_level0: tile edge in level-0 px; overrides the file, and is needed where the file does not say.
-    `provenance.digest` is the SHA-256 of the file. Repeated grid cells are allowed, counted and noted.
+    `provenance.digest` is the SHA-256 of the file. Two tiles may lie in one place.
 
     Raises: FeatureFileError (damaged, no known layout, no features, N = 0 or different, no patch_size_level0,
     coordinates that are no level-0 px, values that are not finite). Source: SPEC 1 and 6.
     """
+    return read_tile_file(path, sort=sort, patch_size_level0=patch_size_level0, max_bytes=max_bytes)[0]
+
+
+def read_tile_file(
+    path: str | os.PathLike[str],
+    *,
+    sort: bool = True,
+    patch_size_level0: int | None = None,
+    max_bytes: int = MAX_FEATURE_BYTES,
+) -> tuple[TileFeatures, dict[str, Any]]:
+    """`read_tile_features`, and what the file says of its slide, for `write_tile_features(attributes=...)`."""
     where = Path(path)
     raw = read_raw(where, max_bytes)
     size0, notes = _patch_size(raw.attrs, patch_size_level0, where)
@@ -54,9 +65,6 @@ def read_tile_features(
         notes.append(f"sorted to row-major (y, x): {moved} of {len(order)} tiles changed place")
     elif moved:
         notes.append("order kept as in the file, which is not row-major (y, x)")
-    repeated = _repeated_cells(xy0, size0)
-    if repeated:
-        notes.append(f"{repeated} of {len(xy0)} tiles lie in a grid cell that another tile holds already")
     cells, tiler = facts.get("cells"), facts.get("grid")
     grid = TileGrid(
         xy0,
@@ -65,7 +73,8 @@ def read_tile_features(
         cells=cells if isinstance(cells, int) and cells >= len(xy0) else len(xy0),
         provenance=claimed_provenance(tiler) if isinstance(tiler, dict) else provenance,
     )
-    return TileFeatures(x, grid, provenance, tuple(notes))
+    carried = {name: raw.attrs[name] for name in CARRIED if _is_plain(raw.attrs.get(name))}
+    return TileFeatures(x, grid, provenance, tuple(notes)), carried
 
 
 def _patch_size(attrs: Mapping[str, Any], given: int | None, path: Path) -> tuple[int, list[str]]:
@@ -127,10 +136,12 @@ def _finite(features: NDArray[Any], xy0: NDArray[np.int64], path: Path) -> NDArr
     return x
 
 
-def _repeated_cells(xy0: NDArray[np.int64], size0: int) -> int:
-    """Tiles beyond the first in their grid cell (floor(x / size0), floor(y / size0))."""
-    cells = xy0 // size0
-    return len(cells) - len(np.unique((cells[:, 1] << 32) | cells[:, 0]))
+def _is_plain(value: Any) -> bool:
+    """A short text, a number, or an array of one number per axis (CLAM's downsample)."""
+    array = np.asarray(value)
+    if array.dtype.kind in "iuf":
+        return array.size in (1, 2)
+    return isinstance(value, (str, bytes)) and len(value) <= 1000
 
 
 def _text(value: Any) -> str | bytes | None:
@@ -147,23 +158,24 @@ def write_tile_features(
     level0_magnification: float | None = None,
     patch_size: int = TILE_PX,
     overlap: int = 0,
+    attributes: Mapping[str, Any] | None = None,
 ) -> None:
     """Write TRIDENT's layout: `features` [N, D] f32 and `coords` [N, 2] int64 with the attributes that TRIDENT sets.
 
     name: the slide, without suffix; size0: (width, height) in level-0 px; what is not known is left out.
+    attributes: of features that come from a file, what `read_tile_file` gave: written instead of all the others.
     Provenance, order and grid travel as JSON in the file attribute `wsi_rt`. Atomic; same input, same bytes; with
     checksums. Takes the size of the features once more in memory.
 
-    Raises: FeatureFileError (no tiles, values that are not finite), MissingDependencyError, InputError (disk).
+    Raises: FeatureFileError (no tiles, values that are not finite), MachineError, InputError (disk).
     """
     grid, where = features.grid, Path(path)
     if features.x.size == 0:
         raise FeatureFileError(f"there are {len(grid)} tiles of {features.x.shape[1]} numbers to write to {where}")
     _finite(features.x, grid.xy0, where)
     width, height = size0 if size0 is not None else (None, None)
-    attributes = {
+    known = {
         "patch_size": patch_size,
-        "patch_size_level0": grid.patch_size_level0,
         "overlap": overlap,
         "target_magnification": target_magnification,
         "level0_magnification": level0_magnification,
@@ -171,7 +183,9 @@ def write_tile_features(
         "level0_height": height,
         "name": name or None,
     }
-    image = _image(features, {k: v for k, v in attributes.items() if v is not None})
+    told = known if attributes is None else attributes
+    told = {"patch_size_level0": grid.patch_size_level0, **{k: v for k, v in told.items() if v is not None}}
+    image = _image(features, told)
     with atomic_write(where) as temporary:
         temporary.write_bytes(image.getbuffer())
 

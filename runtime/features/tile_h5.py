@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 # What h5py raises for damaged files, by experience. Our own errors are none of these.
 _H5_ERRORS = (OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, OverflowError, MemoryError)
 _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
-_ATTRIBUTES = ("patch_size_level0", "patch_size", "downsample", STAMP)
+CARRIED = (  # what TRIDENT and CLAM say of a slide and its tiles, beside patch_size_level0
+    *("patch_size", "overlap", "target_magnification", "level0_magnification", "level0_width", "level0_height"),
+    *("patch_level", "downsample", "name"),
+)
+_ATTRIBUTES = ("patch_size_level0", *CARRIED, STAMP)
 
 
 @dataclass(frozen=True)
@@ -87,12 +91,12 @@ def _read_root(root: h5py.File, path: Path, digest: str, max_bytes: int) -> RawT
         count = "no tiles" if coords is None else f"coordinates of {coords.shape[0] if coords.shape else 0} tiles"
         raise FeatureFileError(
             f"{path} holds {count} but no features, expected 'features' [N, D] and 'coords' [N, 2]: "
-            "run `wsi-rt encode SLIDE --out tiles.h5`, or extract features for it with TRIDENT or CLAM"
+            "run `wsi-rt encode SLIDE --engines DIR --out tiles.h5`, or extract features for it with TRIDENT or CLAM"
         )
     if coords is None:
         raise FeatureFileError(
             f"{path} holds features but no 'coords' [N, 2], which the slide encoder needs: "
-            "run `wsi-rt encode SLIDE --out tiles.h5`"
+            "run `wsi-rt encode SLIDE --engines DIR --out tiles.h5`"
         )
     x_shape, xy_shape = _squeezed(features.shape), _squeezed(coords.shape)
     if len(x_shape) != 2 or features.dtype.kind != "f" or x_shape[1] == 0:
@@ -138,7 +142,7 @@ def _local(group: h5py.Group, name: str, path: Path) -> Any:
     if link is None:
         return None
     if not isinstance(link, h5py.HardLink):
-        raise FeatureFileError(f"{path}: {name!r} is a link to elsewhere, expected data in the file: `h5repack` it")
+        raise FeatureFileError(f"{path}: {name!r} is a link to elsewhere, expected data in the file: copy it in")
     return group[name]
 
 
@@ -151,7 +155,7 @@ def _dataset(group: h5py.Group, name: str, path: Path) -> h5py.Dataset | None:
     if not isinstance(found, h5py.Dataset) or found.shape is None:
         raise FeatureFileError(f"{path}: {name!r} holds no array, expected a dataset")
     if found.is_virtual or found.external:
-        raise FeatureFileError(f"{path}: {name!r} is stored outside the file, expected data in it: `h5repack` it")
+        raise FeatureFileError(f"{path}: {name!r} is stored outside the file, expected data in it: copy it in")
     return found
 
 

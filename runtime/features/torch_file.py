@@ -200,7 +200,7 @@ def write_tensor(
 
     Same array, same bytes. `extra` adds entries that torch ignores. Written atomically.
 
-    Raises: FeatureFileError (dtype torch cannot hold here, too large), MissingDependencyError, InputError (atomic.py).
+    Raises: FeatureFileError (dtype torch cannot hold here, too large), MachineError, InputError (atomic.py).
     """
     array = np.ascontiguousarray(array).reshape(np.shape(array))  # ascontiguousarray makes 0-d 1-d
     code = array.dtype.str[1:]

@@ -74,10 +74,11 @@ class Loop:
         self.scheduler = Scheduler(max_running)
 
     def submit(self, request: Request) -> Sequence:
-        """Queue a request. InputError: a prompt that does not fit (answer_room)."""
+        """Queue a request. InputError: a prompt that does not fit (answer_room). ValueError: a KV still in use."""
+        if request.kv is not None and any(s.kv is request.kv for s in self.scheduler.sequences):
+            raise ValueError("this KV belongs to a request that has not ended: both would append to it")
         limit = answer_room(request, self.decoder.spec)
-        kv = request.kv if request.kv is not None else self.decoder.new_kv(request.prompt_length + limit)
-        sequence = Sequence.start(request, kv, limit, self.tokenizer)
+        sequence = Sequence.start(request, limit, self.tokenizer)
         self.scheduler.add(sequence)
         return sequence
 
@@ -99,11 +100,13 @@ class Loop:
         try:
             if batch.kind == "prefill":
                 (sequence,) = batch.sequences
-                logits = self.decoder.prefill(sequence.kv, sequence.request.embeds)[None]
+                if sequence.kv is None:  # made on admission: a waiting request holds no memory
+                    sequence.kv = self.decoder.new_kv(sequence.prompt_length + sequence.limit)
+                logits = self.decoder.prefill(sequence.admitted_kv, sequence.request.embeds)[None]
                 sequence.prefilled = True
             else:
                 last = np.array([s.token_ids[-1] for s in batch.sequences], dtype=np.int64)
-                logits = self.decoder.step([s.kv for s in batch.sequences], last)
+                logits = self.decoder.step([s.admitted_kv for s in batch.sequences], last)
         except BaseException as exc:  # KeyboardInterrupt too: the loop stays usable
             for sequence in batch.sequences:
                 sequence.error = exc if isinstance(exc, Exception) else RuntimeError("interrupted")

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi_rt.runtime.engines.ort import open_session
+from wsi_rt.runtime.engines.ort import open_session, plain_failure
 from wsi_rt.runtime.errors import WsiRtError
 from wsi_rt.runtime.llm.decoder import KV, Decoder, DecoderSpec
-from wsi_rt.runtime.manifest import EngineManifest
+from wsi_rt.runtime.manifest import Compiled, EngineManifest
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -56,9 +56,9 @@ class OrtDecoder(Decoder):
         )
 
     @classmethod
-    def open(cls, root: Path, manifest: EngineManifest, threads: int) -> OrtDecoder:
+    def open(cls, root: Path, manifest: EngineManifest, compiled: Compiled, threads: int) -> OrtDecoder:
         embed, decoder = (
-            open_session(root / manifest.engine[role], root / manifest.weights_dir, threads)
+            open_session(root / compiled.graphs[role], root / compiled.weights_dir, threads)
             for role in ("embed", "decoder")
         )
         return cls(manifest, embed, decoder)
@@ -72,7 +72,8 @@ class OrtDecoder(Decoder):
         return OrtKV(self._layers, self._kv_heads, self._head_width, capacity)
 
     def embed(self, token_ids: NDArray[np.int64]) -> F32:
-        return _open(self._embed).run(["embeds"], {"input_ids": token_ids})[0]
+        with plain_failure("llm"):
+            return _open(self._embed).run(["embeds"], {"input_ids": token_ids})[0]
 
     def prefill(self, kv: KV, embeds: F32) -> F32:
         return self._append(kv, embeds)[0]
@@ -100,7 +101,8 @@ class OrtDecoder(Decoder):
             binding.bind_input(f"past.{name}", *where)
             binding.bind_output(f"present.{name}", *where)
         binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
-        session.run_with_iobinding(binding)
+        with plain_failure("llm"):
+            session.run_with_iobinding(binding)
         kv.length = total
         return logits
 

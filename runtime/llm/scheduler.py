@@ -76,10 +76,11 @@ def answer_room(request: Request, spec: DecoderSpec) -> int:
 
 @dataclass(eq=False)
 class Sequence:
-    """A request while it runs. `limit` is how many tokens it may generate (answer_room)."""
+    """A request while it waits and runs. `limit` is how many tokens it may generate (answer_room); `kv` is made when
+    it is admitted, unless the request brought one."""
 
     request: Request
-    kv: KV
+    kv: KV | None
     limit: int
     sampler: Sampler
     text: TextStream
@@ -92,15 +93,22 @@ class Sequence:
     decode_ms: float = 0.0
 
     @classmethod
-    def start(cls, request: Request, kv: KV, limit: int, tokenizer: Tokenizer) -> Sequence:
+    def start(cls, request: Request, limit: int, tokenizer: Tokenizer) -> Sequence:
         return cls(
             request=request,
-            kv=kv,
+            kv=request.kv,
             limit=limit,
             sampler=Sampler(request.settings, request.stream),
             text=TextStream(tokenizer, request.settings.stop),
             prompt_length=request.prompt_length,
         )
+
+    @property
+    def admitted_kv(self) -> KV:
+        """The KV of a sequence that runs. RuntimeError while it waits."""
+        if self.kv is None:
+            raise RuntimeError("the sequence has not been admitted: it has no KV yet")
+        return self.kv
 
     @property
     def done(self) -> bool:
@@ -147,6 +155,11 @@ class Scheduler:
         self.running: list[Sequence] = []
 
     @property
+    def sequences(self) -> tuple[Sequence, ...]:
+        """Every sequence that has not ended, running ones first."""
+        return (*self.running, *self.waiting)
+
+    @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
@@ -165,7 +178,7 @@ class Scheduler:
 
     def cancelled(self) -> list[Sequence]:
         """Sequences, waiting or running, whose caller asked to stop."""
-        return [s for s in (*self.running, *self.waiting) if s.cancel_requested]
+        return [s for s in self.sequences if s.cancel_requested]
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is; no error when it is not there."""

@@ -82,7 +82,7 @@ def _plan(reader: SlideReader, level: int, settings: SlideSettings, step: int, *
         )
     read_px = math.ceil(step / downsample) if resample else TILE_PX
     if read_px > MAX_READ_PX:
-        finest = reader.mpp0 * downsample * MAX_READ_PX / TILE_PX
+        finest = 0.99 * reader.mpp0 * downsample * MAX_READ_PX / TILE_PX  # short of the limit, as it is rounded below
         raise SlideError(
             f"{reader.path}: a tile at {settings.target_mpp:g} um/px needs {read_px} x {read_px} px of level {level}, "
             f"expected at most {MAX_READ_PX}; give --target-mpp {finest:.3g} or less, or a slide with coarser levels"

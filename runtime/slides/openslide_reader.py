@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_rt.runtime.config import SlideSettings
-from wsi_rt.runtime.errors import MissingDependencyError, SlideError
+from wsi_rt.runtime.errors import MachineError, SlideError
 from wsi_rt.runtime.slides.reader import DeclaredMpp, Level, SlideReader
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def _load_openslide() -> ModuleType:
     try:
         import openslide
     except (ImportError, OSError) as error:  # OSError: the Python half without the library
-        raise MissingDependencyError(
+        raise MachineError(
             "OpenSlide is not installed, expected to read slides with it; run: "
             "pip install openslide-python openslide-bin"
         ) from error
@@ -40,7 +40,7 @@ def _one_line(error: Exception) -> str:
 
 
 def open_with_openslide(path: Path, settings: SlideSettings) -> OpenSlideReader | None:
-    """Open `path`; None when OpenSlide does not know the format. Raises SlideError, MissingDependencyError."""
+    """Open `path`; None when OpenSlide does not know the format. Raises SlideError, MachineError."""
     openslide = _load_openslide()
     try:
         handle = _open_handle(openslide, path)

@@ -7,7 +7,6 @@ the slide is white. Later readers (TIFF, DICOM, cuCIM) are one more line in `_BA
 from __future__ import annotations
 
 import hashlib
-import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -18,11 +17,10 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi_rt.runtime.config import SlideSettings
+from wsi_rt.runtime.config import MPP_RANGE, SlideSettings
 from wsi_rt.runtime.errors import SlideError
 from wsi_rt.runtime.types import Provenance, SlideRef
 
-MPP_RANGE = (0.05, 100.0)  # um/px; anything else is absurd metadata (SPEC 1)
 MPP_TOLERANCE = 0.05  # two resolutions within 5 % count as the same (SPEC 1)
 FINGERPRINT_BYTES = 1 << 20
 
@@ -55,7 +53,7 @@ class SlideReader(ABC):
     size0: (width, height) in level-0 px.        levels: finest first.
     mpp0: um per level-0 px.                     mpp_source: a property name or "--mpp".
     background: RGB the file declares for empty areas, or None. Recorded only: we paint white.
-    notes: remarks a user should see (resolution overridden, x and y differ, ...).
+    notes: remarks a user should see (resolution overridden, stated for one axis only).
     rereads: regions that failed once and succeeded on a fresh handle.
     """
 
@@ -131,30 +129,33 @@ def same_mpp(a: float, b: float) -> bool:
 def resolve_mpp(path: Path, declared: DeclaredMpp, settings: SlideSettings) -> tuple[float, str, tuple[str, ...]]:
     """Level-0 um/px, where it came from, and notes. `settings.mpp` wins; else the mean of x and y.
 
-    Raises SlideError naming `--mpp` when the slide states none, or one outside 0.05 ... 100 um/px.
+    Raises SlideError naming `--mpp` when the slide states none, one outside 0.05 ... 100 um/px on either axis,
+    or two that differ by more than 5 %: which of them is right would be a guess.
     """
     stated = [v for v in (declared.x, declared.y) if v is not None]
-    own = sum(stated) / len(stated) if stated else None
-    notes: list[str] = []
-    if settings.mpp is not None:
-        if own is not None and not same_mpp(own, settings.mpp):
-            notes.append(f"--mpp {settings.mpp:g} replaces the slide's own {own:.4g} um/px")
-        return settings.mpp, "--mpp", tuple(notes)
-    way_out = "give the level-0 um/px with --mpp"
-    if own is None:
-        raise SlideError(f"{path}: the slide states no resolution ({declared.source} is absent); {way_out}")
     low, high = MPP_RANGE
-    if not (math.isfinite(own) and low <= own <= high):
+    absurd = [v for v in stated if not low <= v <= high]  # NaN too
+    told = " x ".join(dict.fromkeys(f"{v:.4g}" for v in stated))
+    if settings.mpp is not None:
+        agree = not absurd and all(same_mpp(v, settings.mpp) for v in stated)
+        notes = () if agree else (f"--mpp {settings.mpp:g} replaces the slide's own {told} um/px",)
+        return settings.mpp, "--mpp", notes
+    way_out = "give the level-0 um/px with --mpp"
+    if not stated:
+        raise SlideError(f"{path}: the slide states no resolution ({declared.source} is absent); {way_out}")
+    if absurd:
         raise SlideError(
-            f"{path}: the slide states {own:.4g} um/px ({declared.source}), expected {low:g} to {high:g}; {way_out}"
+            f"{path}: the slide states {told} um/px ({declared.source}), expected {low:g} to {high:g}; {way_out}"
         )
     if len(stated) == 1:
-        notes.append(f"the slide states its resolution for one axis only ({own:.4g} um/px), used for both")
-    elif not same_mpp(max(stated), min(stated)):
-        notes.append(
-            f"the slide's x and y resolutions differ ({stated[0]:.4g} and {stated[1]:.4g} um/px), their mean is used"
+        note = f"the slide states its resolution for one axis only ({told} um/px), used for both"
+        return stated[0], declared.source, (note,)
+    if not same_mpp(max(stated), min(stated)):
+        raise SlideError(
+            f"{path}: the slide's x and y resolutions differ ({told} um/px, {declared.source}), expected square pixels "
+            f"within {MPP_TOLERANCE:.0%}; {way_out}"
         )
-    return own, declared.source, tuple(notes)
+    return sum(stated) / len(stated), declared.source, ()
 
 
 def fingerprint(path: Path) -> str:
@@ -190,7 +191,7 @@ def open_slide(path: str | Path, settings: SlideSettings | None = None) -> Slide
     """Open a slide with the first reader that knows its format. Use it as a context manager.
 
     Raises SlideError (missing, a folder, not a slide, unreadable, no or absurd resolution) and
-    MissingDependencyError (OpenSlide not installed).
+    MachineError (OpenSlide not installed).
     """
     path = Path(path)
     settings = settings or SlideSettings()

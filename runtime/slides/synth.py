@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_rt.runtime.atomic import atomic_write
+from wsi_rt.runtime.config import MPP_RANGE, TARGET_MPP
 from wsi_rt.runtime.errors import InputError
 from wsi_rt.runtime.slides.stain import TissuePainter
 from wsi_rt.runtime.slides.tiff import COMPRESSIONS, JPEG_QUALITY, PyramidWriter, encode_tile
@@ -22,7 +23,7 @@ def write_synth_slide(
     *,
     width: int = 6144,
     height: int = 4096,
-    mpp: float = 0.5,
+    mpp: float = TARGET_MPP,
     tile: int = 256,
     seed: int = 0,
     tissue: float = 0.3,
@@ -41,7 +42,7 @@ def write_synth_slide(
     written beside its place and renamed, replacing an older one; whatever interrupts it, nothing is
     left behind. on_progress(done, total) counts level-0 tiles.
 
-    Raises InputError (arguments, missing folder) and MissingDependencyError (disk full, not writable).
+    Raises InputError (arguments, missing folder) and MachineError (disk full, not writable).
     """
     path = Path(path)
     _check(path, width, height, mpp, tile, tissue, levels, compression)
@@ -68,7 +69,8 @@ def _check(
 
     for name, edge in (("width", width), ("height", height)):
         require(1 <= edge <= MAX_EDGE, name, edge, f"1 to {MAX_EDGE} px")
-    require(0.05 <= mpp <= 100, "mpp", mpp, "um/px between 0.05 and 100")
+    low, high = MPP_RANGE
+    require(low <= mpp <= high, "mpp", mpp, f"um/px between {low:g} and {high:g}")
     require(16 <= tile <= 4096 and tile % 16 == 0, "tile", tile, "a multiple of 16 px up to 4096")
     require(0 <= tissue <= 0.9, "tissue", tissue, "a share between 0 and 0.9")
     require(compression in COMPRESSIONS, "compression", compression, " or ".join(COMPRESSIONS))

@@ -93,7 +93,8 @@ def find_tissue(
     if dark and not allow_dark:
         raise SlideError(
             f"{reader.path}: the background is dark (median luminance {float(np.median(luminance)):.0f} of 255), as in "
-            "fluorescence; expected a brightfield H&E slide, which is what the model was trained on"
+            "fluorescence; expected a brightfield H&E slide, which is what the model was trained on; to encode its "
+            "bright side all the same, give --allow-dark"
         )
     threshold, contrast = otsu_threshold(luminance)
     if contrast < MIN_CONTRAST:

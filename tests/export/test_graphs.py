@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -16,9 +17,12 @@ onnx = pytest.importorskip("onnx", reason="the export extra is not installed")
 from wsi_rt.export.arch import LlamaConfig, LongNetConfig, ProjectorConfig, ViTConfig  # noqa: E402
 from wsi_rt.export.graphs import llama, projector, slide_encoder, tile_encoder  # noqa: E402
 from wsi_rt.export.graphs.builder import OUR_DOMAIN, WeightFile, check_model  # noqa: E402
+from wsi_rt.export.lowering import lower_ort_cpu  # noqa: E402
 from wsi_rt.export.parity import check_inputs, reference_outputs, run_portable  # noqa: E402
 from wsi_rt.export.sources.presets import NANO  # noqa: E402
 from wsi_rt.export.sources.synthetic import SyntheticSource  # noqa: E402
+from wsi_rt.export.sources.weights import WeightSource  # noqa: E402
+from wsi_rt.runtime.errors import MachineError, WsiRtError  # noqa: E402
 
 VIT = ViTConfig(width=32, depth=2, heads=2, mlp_hidden=48)
 LONGNET = LongNetConfig(in_width=32, width=64, depth=2, heads=16, ffn=128, norm_width=64, padded=96)
@@ -50,10 +54,10 @@ SYMBOLS = {
 }
 
 
-def build(config, folder: Path) -> dict[str, Path]:
-    """The portable graphs of a component, from synthetic weights."""
+def build(config, folder: Path, source: WeightSource | None = None) -> dict[str, Path]:
+    """The portable graphs of a component, from synthetic weights unless others are given."""
     folder.mkdir(parents=True)
-    source = SyntheticSource(config, "test", 1)
+    source = source or SyntheticSource(config, "test", 1)
     if isinstance(config, LlamaConfig):
         weights = WeightFile(folder / "weights.data")
         graphs = {"embed": folder / "embed.onnx", "decoder": folder / "decoder.onnx"}
@@ -194,6 +198,91 @@ def test_every_weight_of_the_checkpoint_is_in_the_graphs(built):
     found = {t.name.removesuffix(".T") for path in graphs.values() for t in load(path).graph.initializer}
     own = {"preprocess.mean", "preprocess.std", "axis_table", "rope.cos", "rope.sin"}
     assert {n for n in found if not n.startswith("const/")} - own == set(config.tensors())
+
+
+class Counting(SyntheticSource):
+    """Counts how often each tensor is asked for."""
+
+    def __init__(self, config) -> None:
+        super().__init__(config, "test", 1)
+        self.counts = Counter()
+
+    def get(self, name):
+        self.counts[name] += 1
+        return super().get(name)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "llama-mqa-tied"])
+def test_llama_weights_are_loaded_once_for_all_four_graphs(tmp_path, name):
+    """7 billion numbers are not read three times; tied embeddings are stored in two forms, so asked for twice."""
+    config, weights = CONFIGS[name], WeightFile(tmp_path / "weights.data")
+    source = Counting(config)
+    for path in ("embed.onnx", "lowered-embed.onnx"):
+        llama.build_embed(config, source, weights, tmp_path / path)
+    llama.LlamaGraph(config, source, weights).build(tmp_path / "decoder.onnx")
+    llama.OrtCpuLlamaGraph(config, source, weights).build(tmp_path / "lowered-decoder.onnx")
+    twice = {"model.embed_tokens.weight"} if config.tied_embeddings else set()
+    assert source.counts == {n: 2 if n in twice else 1 for n in config.tensors()}
+
+
+@pytest.mark.parametrize("name", ["vit-registers", "longnet", "projector-mlp2x"])
+def test_encoder_weights_are_loaded_once(tmp_path, name):
+    counting = Counting(CONFIGS[name])
+    build(CONFIGS[name], tmp_path / "a", counting)
+    assert counting.counts == dict.fromkeys(CONFIGS[name].tensors(), 1)
+
+
+@pytest.mark.parametrize("base", [llama.LlamaGraph, llama.OrtCpuLlamaGraph])
+def test_every_linear_of_the_language_model_goes_through_one_method(tmp_path, base):
+    """A precision is a subclass with another `make_linear`: no weight matrix is left outside it."""
+    made = []
+
+    class Other(base):
+        def make_linear(self, x, name, bias=False):
+            made.append(name)
+            return super().make_linear(x, name, bias)
+
+    Other(LLAMA, SyntheticSource(LLAMA, "test", 1), WeightFile(tmp_path / "weights.data")).build(tmp_path / "d.onnx")
+    matrices = {n.removesuffix(".weight") for n, s in LLAMA.tensors().items() if len(s) == 2}
+    assert sorted(made) == sorted(matrices - {"model.embed_tokens"})
+
+
+def test_rotary_tables_are_transformers_own(tmp_path):
+    """Bit for bit: one in the last place of a frequency is 2e-4 of the cosine at position 4000."""
+    transformers = pytest.importorskip("transformers", reason="the export extra is not installed")
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    for width, theta in ((128, 1e4), (96, 1e4), (64, 5e5)):
+        c = replace(LLAMA, head_width=width, context=4096, rope_theta=theta)
+        rope = {"rope_type": "default", "rope_theta": theta}
+        hf = transformers.LlamaConfig(
+            hidden_size=4 * width, num_attention_heads=4, max_position_embeddings=4096, rope_parameters=rope
+        )
+        expected = LlamaRotaryEmbedding(hf)(torch.zeros(1), torch.arange(4096)[None])
+        for table, e in zip(llama.rope_tables(c), expected, strict=True):
+            assert np.array_equal(table, e[0, :, : width // 2].numpy())
+
+
+def test_a_graph_that_onnxruntime_refuses_is_not_blamed_on_the_disk(tmp_path):
+    path = build(CONFIGS["projector-linear"], tmp_path / "a")["model"]
+    model = load(path)
+    model.graph.node[0].op_type = "NoSuchOperator"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(WsiRtError, match=r"cannot optimise .*NoSuchOperator") as e:
+        lower_ort_cpu(path, tmp_path / "lowered" / "model.onnx")
+    assert not isinstance(e.value, MachineError)
+    assert "disk" not in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is not here")
+@pytest.mark.parametrize("file", ["weights.data", "model.onnx"])
+def test_a_disk_that_fills_up_while_lowering_is_named(tmp_path, file):
+    path = build(CONFIGS["projector-mlp2x"], tmp_path / "a")["model"]
+    (tmp_path / "lowered").mkdir()
+    (tmp_path / "lowered" / file).symlink_to("/dev/full")
+    with pytest.raises(MachineError, match=r"not written .* GB free; make room or choose another --out"):
+        lower_ort_cpu(path, tmp_path / "lowered" / "model.onnx")
 
 
 def test_no_position_table_in_the_nano_slide_encoder(tmp_path):

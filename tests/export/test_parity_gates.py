@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import replace
 
 import numpy as np
@@ -97,9 +98,12 @@ def test_an_honest_engine_passes(tmp_path, monkeypatch, references, config):
     parity = check_component(tmp_path, "ort-cpu", manifest, 1)
     assert parity.passes(GATES["fp32"])
     assert parity.max_rel < 0.5 * GATES["fp32"].max_rel, "the gate is too near to hold on other machines"
-    assert manifest.parity["engine"] == parity.to_json()
-    assert manifest.parity["portable"]["max_rel"] <= GATES["fp32"].max_rel
-    assert manifest.parity["gate"] == vars(GATES["fp32"])
+    assert list(manifest.targets) == ["ort-cpu"]
+    compiled = manifest.targets["ort-cpu"]
+    assert compiled.precision == "fp32"
+    assert compiled.parity == {"engine": parity.to_json(), "gate": vars(GATES["fp32"])}
+    assert compiled.requires == {"isa": platform.machine()}
+    assert manifest.portable_parity["max_rel"] <= GATES["fp32"].max_rel
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -110,10 +114,11 @@ def test_a_damaged_engine_fails(tmp_path, changed, references, damage):
     assert any(not np.array_equal(source.get(n), x) for n, x in tensors.items())
     folder = tmp_path / config.component
     folder.mkdir()
-    graphs = component._write_graphs(config, changed(source, tensors), folder, "ort-cpu")
+    graphs = component._write_portable(config, changed(source, tensors), folder)
+    compiled = component._compiled(component._lower(graphs, folder, "ort-cpu"), tmp_path, "fp32")
     inputs, expected = references(config)
     write_check(folder / "check.npz", inputs, expected)
-    manifest = component._describe(config.component, config, tmp_path, graphs, "fp32")
+    manifest = replace(component._describe(config.component, graphs, tmp_path), targets={"ort-cpu": compiled})
     parity = check_component(tmp_path, "ort-cpu", manifest, 1)
     assert not parity.passes(GATES["fp32"])
     assert parity.max_rel > 10 * GATES["fp32"].max_rel, "only just: a slightly smaller fault would pass"

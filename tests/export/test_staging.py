@@ -14,7 +14,7 @@ import pytest
 
 from wsi_rt.export import staging
 from wsi_rt.export.staging import staged_directory
-from wsi_rt.runtime.errors import InputError, MissingDependencyError
+from wsi_rt.runtime.errors import InputError, MachineError
 
 FILES = ("a", "b/c", "b/d/e")
 
@@ -31,6 +31,10 @@ def content(folder: Path) -> dict[str, str]:
 
 def whole(text: str) -> dict[str, str]:
     return dict.fromkeys(FILES, text)
+
+
+def work_of(target: Path) -> Path:
+    return target.parent / f".{target.name}.building"
 
 
 def build_and_fail(target: Path, error: BaseException) -> None:
@@ -67,6 +71,38 @@ def test_an_exception_leaves_everything_as_it_was(target, error):
         build_and_fail(target, error())
     assert (target.exists(), content(target)) == (existed, before)
     assert list(target.parent.iterdir()) == ([target] if existed else [])
+
+
+@pytest.mark.parametrize("when", [1, 2], ids=["at-the-start", "before-the-swap"])
+def test_what_may_not_be_replaced_stays(target, when):
+    """Asked under the lock, twice; a refusal removes the work and nothing else."""
+    existed, before, asked = target.exists(), content(target), []
+
+    def may_replace(path: Path) -> None:
+        with pytest.raises(InputError, match="another build"):
+            staging._lock(work_of(target), target)
+        asked.append(path)
+        if len(asked) == when:
+            raise InputError("mine")
+
+    with pytest.raises(InputError, match="mine"), staged_directory(target, may_replace) as work:
+        fill(work, "new")
+    assert asked == [target] * when
+    assert (target.exists(), content(target)) == (existed, before)
+    assert list(target.parent.iterdir()) == ([target] if existed else [])
+
+
+def test_a_folder_that_appears_is_seen_before_the_swap(tmp_path):
+    target = tmp_path / "bundle"
+
+    def only_nothing(path: Path) -> None:
+        if path.exists():
+            raise InputError(f"{path} is taken")
+
+    with pytest.raises(InputError, match="is taken"), staged_directory(target, only_nothing):
+        fill(target, "another's")
+    assert content(target) == whole("another's")
+    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_folders_made_on_the_way_are_removed_again(tmp_path):
@@ -158,7 +194,7 @@ def test_without_an_atomic_exchange(tmp_path, monkeypatch):
         return rename(self, to)
 
     monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(MissingDependencyError, match="Input/output error"), staged_directory(target) as work:
+    with pytest.raises(MachineError, match="Input/output error"), staged_directory(target) as work:
         fill(work, "newer")
     assert content(target) == whole("new")
     assert list(tmp_path.iterdir()) == [target]
@@ -179,11 +215,11 @@ def test_what_a_killed_build_left_is_cleared(target):
 @pytest.mark.parametrize(
     ("code", "kind", "words"),
     [
-        (errno.ENOSPC, MissingDependencyError, "no room to write"),
-        (errno.EDQUOT, MissingDependencyError, "no room to write"),
-        (errno.EROFS, MissingDependencyError, "cannot write"),
-        (errno.EACCES, MissingDependencyError, "cannot write"),
-        (errno.EIO, MissingDependencyError, "Input/output error"),
+        (errno.ENOSPC, MachineError, "no room to write"),
+        (errno.EDQUOT, MachineError, "no room to write"),
+        (errno.EROFS, MachineError, "cannot write"),
+        (errno.EACCES, MachineError, "cannot write"),
+        (errno.EIO, MachineError, "Input/output error"),
     ],
 )
 def test_os_errors_are_told_in_one_line(target, code, kind, words):

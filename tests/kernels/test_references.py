@@ -77,7 +77,9 @@ def test_bad_inputs_are_named():
         dilated_attention(x, x, x[:3], [4], [1])
     with pytest.raises(KernelInputError, match="positive"):
         dilated_attention(x, x, x, [0], [1])
-    with pytest.raises(KernelInputError, match=r"0\.\.999"):
-        slide_embed(torch.zeros(1, 8), torch.tensor([[1000, 0]]), torch.zeros(8), torch.zeros(8))
+    with pytest.raises(KernelInputError, match="expected one device"):
+        dilated_attention(x, x, x.to("meta"), [4], [1])
+    with pytest.raises(KernelInputError, match=r"expected \[N, C\] and \[N, 2\]"):
+        slide_embed(torch.zeros(1, 8), torch.tensor([[10, 0, 0]]), torch.zeros(8), torch.zeros(8))
     with pytest.raises(KernelInputError, match="norm weight"):
         pool_norm_pad(torch.zeros(4, 8), torch.zeros(9), torch.zeros(9), 1e-6, 576, 12)

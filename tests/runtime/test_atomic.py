@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from wsi_rt.runtime.atomic import atomic_write
-from wsi_rt.runtime.errors import InputError, MissingDependencyError
+from wsi_rt.runtime.errors import InputError, MachineError
 from wsi_rt.runtime.features import write_slide_tokens, write_tensor, write_tile_features
 from wsi_rt.runtime.types import Provenance, SlideTokens, TileFeatures, TileGrid
 
@@ -77,11 +77,11 @@ def test_nothing_is_left_when_the_body_raises(tmp_path, error):
 
 
 OS_ERRORS = {
-    errno.ENOSPC: (MissingDependencyError, "No space left.*free disk space"),
-    errno.EDQUOT: (MissingDependencyError, "free disk space"),
-    errno.EACCES: (MissingDependencyError, "Permission denied.*choose a folder"),
-    errno.EROFS: (MissingDependencyError, "Read-only.*choose a folder"),
-    errno.EIO: (MissingDependencyError, "cannot write"),
+    errno.ENOSPC: (MachineError, "No space left.*free disk space"),
+    errno.EDQUOT: (MachineError, "free disk space"),
+    errno.EACCES: (MachineError, "Permission denied.*choose a folder"),
+    errno.EROFS: (MachineError, "Read-only.*choose a folder"),
+    errno.EIO: (MachineError, "cannot write"),
     errno.ENAMETOOLONG: (InputError, "name too long"),
 }
 
@@ -132,11 +132,11 @@ _LIMITED = """
 import resource, sys, traceback
 sys.path.insert(0, {here!r})
 from test_atomic import WRITERS
-from wsi_rt.runtime.errors import MissingDependencyError
+from wsi_rt.runtime.errors import MachineError
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # the kernel refuses to write beyond, like a full disk
 try:
     WRITERS[{writer!r}]({path!r})
-except MissingDependencyError as error:
+except MachineError as error:
     print(error)
 """
 

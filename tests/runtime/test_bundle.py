@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,8 @@ from wsi_rt.runtime.errors import EngineMismatchError, InputError
 from wsi_rt.runtime.hashing import sha256_json
 from wsi_rt.runtime.manifest import load_manifest
 
-REBUILD = "wsi-rt build-engines --checkpoint 'synthetic:nano?seed=3' --out {} --force"
+REBUILD = "wsi-rt build-engines --checkpoint 'synthetic:nano?seed=3' --components projector --out {} --force"
+REBUILD_ALL = "wsi-rt build-engines --checkpoint 'synthetic:nano?seed=3' --out {} --force"
 VICTIMS = ["projector/model.onnx", "projector/weights.data", "projector/ort-cpu/model.onnx", "projector/check.npz"]
 
 
@@ -216,17 +218,29 @@ def test_a_read_only_bundle_works(read_only, hashed):
     assert not [p for p in read_only.iterdir() if p.name.startswith(STAMP_NAME + ".")]
 
 
-def test_not_a_bundle(tmp_path):
-    (tmp_path / "empty").mkdir()
+@pytest.mark.parametrize(
+    ("name", "words", "place"),
+    [
+        ("an empty one", "a folder without manifest.json", "an empty one"),
+        ("none here", "no engine bundle there", "none here"),
+        ("file", "no engine bundle there", "file-engines"),
+        ("mine", "a folder without manifest.json", "mine/engines"),
+        ("taken", "a folder without manifest.json", "taken/engines-2"),
+    ],
+)
+def test_not_a_bundle(tmp_path, wsi_rt, name, words, place):
+    """The command that is told builds one as it stands, whatever is in the way."""
+    (tmp_path / "an empty one").mkdir()
     (tmp_path / "file").write_text("x")
-    for name, words in (
-        ("empty", "a folder without manifest.json"),
-        ("file", "no engine bundle"),
-        ("none", "no engine"),
-    ):
-        with pytest.raises(InputError, match=rf"{words}.*build one: wsi-rt build-engines") as e:
-            Bundle.open(tmp_path / name)
-        assert e.value.exit_code == 2
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "cat.jpg").write_text("cat")
+    (tmp_path / "taken" / "engines").mkdir(parents=True)
+    with pytest.raises(InputError, match=rf"{words}.*build one: wsi-rt build-engines") as e:
+        Bundle.open(tmp_path / name)
+    assert e.value.exit_code == 2
+    command = shlex.split(str(e.value).partition("build one: ")[2])
+    assert command[-2:] == ["--out", str(tmp_path / place)]
+    assert wsi_rt(*command[1:], "--components", "projector", "--dry-run").code == 0
 
 
 @pytest.mark.parametrize(
@@ -245,7 +259,17 @@ def test_not_a_bundle(tmp_path):
 )
 def test_a_damaged_manifest(root, text, words):
     (root / "manifest.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(EngineMismatchError, match=rf"manifest\.json: {words}.*rebuild.*--force"):
+    with pytest.raises(EngineMismatchError, match=rf"manifest\.json: {words}") as e:
+        Bundle.open(root)
+    assert str(e.value).endswith(f"from its checkpoint: wsi-rt build-engines --checkpoint SRC --out {root} --force")
+
+
+def test_a_manifest_of_another_shape(root):
+    """Signed and of this schema, but with a component told as an earlier wsi-rt did."""
+    components = json.loads((root / "manifest.json").read_text())["components"]
+    components["projector"]["engine"] = components["projector"].pop("targets")
+    edit_manifest(root, sign=True, components=components)
+    with pytest.raises(EngineMismatchError, match=r"not as this wsi-rt writes it \(KeyError.*; rebuild it from"):
         Bundle.open(root)
 
 
@@ -260,13 +284,16 @@ def test_an_edited_manifest(root):
 @pytest.mark.parametrize("schema", [0, 2, 99])
 def test_another_schema_says_which_version_reads_it(root, schema):
     edit_manifest(root, sign=True, schema=schema, version="9.8.7")
-    with pytest.raises(EngineMismatchError, match=rf"schema {schema}, this wsi-rt reads 1; .* use the wsi-rt 9\.8\.7"):
+    with pytest.raises(
+        EngineMismatchError, match=rf"schema {schema}, this wsi-rt reads 1; use the wsi-rt 9\.8\.7, or rebuild"
+    ):
         Bundle.open(root)
 
 
 def test_another_machine(root):
-    build = json.loads((root / "manifest.json").read_text())["build"]
-    edit_manifest(root, sign=True, build={**build, "isa": "riscv64"})
+    components = json.loads((root / "manifest.json").read_text())["components"]
+    components["projector"]["targets"]["ort-cpu"]["requires"] = {"isa": "riscv64"}
+    edit_manifest(root, sign=True, components=components)
     with pytest.raises(
         EngineMismatchError, match=rf"built for riscv64, this machine is {platform.machine()}; rebuild"
     ) as e:
@@ -279,8 +306,137 @@ def test_a_component_that_is_not_there(root):
     for open_it in (lambda: bundle.engine("tile_encoder"), bundle.decoder, lambda: bundle.component("tile_encoder")):
         with pytest.raises(
             InputError, match=r"no (tile_encoder|llm) in this bundle \(it has projector\); rebuild: wsi-rt"
-        ):
+        ) as e:
             open_it()
+        assert str(e.value).endswith(REBUILD_ALL.format(root))
+
+
+def test_a_component_that_the_checkpoint_does_not_have(root):
+    source = json.loads((root / "manifest.json").read_text())["source"]
+    edit_manifest(root, sign=True, source={**source, "components": ["projector"]})
+    with pytest.raises(InputError, match=r"its checkpoint, synthetic:nano\?seed=3, has none: build from one that has"):
+        Bundle.open(root).engine("llm")
+    assert "--components" not in load_manifest(root).rebuild_command(root)
+
+
+def put_in_place(other: Path, root: Path) -> None:
+    """As a build's swap does."""
+    root.rename(root.with_name("old"))
+    other.rename(root)
+    shutil.rmtree(root.with_name("old"))
+
+
+def test_a_real_rebuild_while_it_is_open(root):
+    """Same checkpoint architecture, other weights: nothing of the new bundle is read under the old manifest."""
+    bundle = Bundle.open(root, threads=1)
+    engine = bundle.engine("projector")
+    tokens = {"tokens": np.ones((2, 1024), np.float32)}
+    before = engine.run(tokens)["embeds"]
+    sources = Sources(checkpoint="synthetic:nano?seed=4")
+    build_engines(plan_build(BuildRequest(sources, root, components=("projector",), force=True, threads=1)))
+    told = rf"{root}: this bundle was replaced while open; open it again"
+    for read in (lambda: bundle.engine("projector"), bundle.decoder, bundle.tokenizer, bundle.verify_files):
+        with pytest.raises(EngineMismatchError, match=told) as e:
+            read()
+        assert e.value.exit_code == 4
+    assert np.array_equal(engine.run(tokens)["embeds"], before), "what was open goes on as it was"
+    with Bundle.open(root, threads=1).engine("projector") as new:
+        assert not np.array_equal(new.run(tokens)["embeds"], before)
+
+
+def test_the_same_bundle_built_again_counts_as_replaced(root, template):
+    bundle = Bundle.open(root)
+    put_in_place(shutil.copytree(template, root.with_name("same"), copy_function=shutil.copy2), root)
+    with pytest.raises(EngineMismatchError, match="was replaced while open"):
+        bundle.engine("projector")
+
+
+def test_a_bundle_that_is_gone(root):
+    bundle = Bundle.open(root)
+    shutil.rmtree(root)
+    with pytest.raises(EngineMismatchError, match="was replaced while open"):
+        bundle.engine("projector")
+
+
+def test_a_swap_while_a_component_is_being_opened(root, template, monkeypatch):
+    """After the first look and before the files are read: the mixture is thrown away."""
+    bundle = Bundle.open(root)
+    other, component = shutil.copytree(template, root.with_name("same")), bundle.component
+
+    def swap_then_component(name: str):
+        put_in_place(other, root)
+        return component(name)
+
+    monkeypatch.setattr(bundle, "component", swap_then_component)
+    with pytest.raises(EngineMismatchError, match="was replaced while open"):
+        bundle.engine("projector")
+
+
+def test_a_swap_while_the_bundle_is_being_opened(root, template, monkeypatch):
+    other, read_stamp = shutil.copytree(template, root.with_name("same")), bundle_module._read_stamp
+
+    def swap_then_read(folder: Path):
+        put_in_place(other, root)
+        return read_stamp(folder)
+
+    monkeypatch.setattr(bundle_module, "_read_stamp", swap_then_read)
+    with pytest.raises(EngineMismatchError, match="was replaced while open"):
+        Bundle.open(root)
+
+
+def test_an_edit_during_the_hashing_is_not_stamped(root, monkeypatch):
+    """The stamp tells the file that was hashed, so what was written after it is stale."""
+    victim, sha256_file = root / VICTIMS[0], bundle_module.sha256_file
+    (root / STAMP_NAME).unlink()
+
+    def hash_then_edit(path: Path) -> str:
+        digest = sha256_file(path)
+        if path == victim:
+            edit(path)
+        return digest
+
+    with monkeypatch.context() as patched:
+        patched.setattr(bundle_module, "sha256_file", hash_then_edit)
+        Bundle.open(root)
+    assert (root / STAMP_NAME).is_file()
+    with pytest.raises(EngineMismatchError, match=f"{victim.name}: edited after the build"):
+        Bundle.open(root)
+
+
+def test_a_bundle_of_two_targets(root):
+    """The first that was recorded is the default, whatever its name; each has its own files and its own needs."""
+    shutil.copytree(root / "projector" / "ort-cpu", root / "projector" / "tensorrt")
+    data = json.loads((root / "manifest.json").read_text())
+    compiled = data["components"]["projector"]["targets"]
+    graphs = {"model": "projector/tensorrt/model.onnx"}
+    compiled["abacus"] = {**compiled["ort-cpu"], "graphs": graphs, "precision": "fp16", "requires": {"sm": "89"}}
+    edit_manifest(root, sign=True, components=data["components"], targets=["ort-cpu", "abacus"])
+    assert Bundle.open(root).target == "ort-cpu"
+    with pytest.raises(EngineMismatchError, match="built for 89, this machine is None; rebuild"):
+        Bundle.open(root, target="abacus")
+    compiled["abacus"]["requires"] = {}
+    edit_manifest(root, sign=True, components=data["components"], targets=["abacus", "ort-cpu"])
+    bundle = Bundle.open(root)
+    assert bundle.target == "abacus"
+    assert bundle.component("projector").compiled("abacus").precision == "fp16"
+    with pytest.raises(InputError, match="target is 'abacus', expected one of"):
+        bundle.engine("projector")
+    with Bundle.open(root, threads=1, target="ort-cpu").engine("projector") as engine:
+        engine.run({"tokens": np.zeros((1, 1024), np.float32)})
+
+
+def test_a_target_that_is_not_in_the_bundle(root):
+    with pytest.raises(InputError, match="not built for 'tensorrt-rtx-sm89', expected one of: ort-cpu") as e:
+        Bundle.open(root, target="tensorrt-rtx-sm89")
+    assert e.value.exit_code == 2
+
+
+def test_inspect_and_verify_tell_target_and_precision(root, wsi_rt):
+    told = wsi_rt("inspect", root).out
+    assert "target ort-cpu, from synthetic:nano?seed=3 (synthetic weights)" in told
+    assert "\nprojector  fp32  " in told
+    assert "  parity against fp32 torch: relative error " in told
+    assert "projector      ok" in wsi_rt("verify", root).out
 
 
 def test_a_bundle_can_be_moved(root, tmp_path, hashed):

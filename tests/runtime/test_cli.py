@@ -108,6 +108,15 @@ def test_slides_that_cannot_be_used(
     assert name in refused(2, words, command, shared_slides / name, *arguments, "--engines", nano_bundle)
 
 
+def test_the_ways_out_for_a_dark_slide(wsi_rt: Run, refused: Run, shared_slides: Path, nano_bundle: Path) -> None:
+    arguments = ("ask", shared_slides / "slideio_test3-DAPI-2-387.ndpi", QUESTION, "--engines", nano_bundle)
+    refused(2, "give --allow-dark", *arguments)
+    answer = json.loads(wsi_rt(*arguments, "--allow-dark", "--json", *SHORT).out)
+    assert answer["tiles"]["kept"] == 42
+    assert answer["settings"]["slide"]["allow_dark"] is True
+    assert "the background is dark: the bright side was taken as tissue (--allow-dark)" in answer["notes"]
+
+
 def test_a_text_file_is_no_slide(refused: Run, here: Path, nano_bundle: Path) -> None:
     (here / "notes.txt").write_text("no slide\n" * 100)
     refused(2, "not a slide", "ask", "notes.txt", QUESTION, "--engines", nano_bundle)
@@ -280,6 +289,7 @@ def test_questions_that_cannot_be_asked(
         ("x.txt", "expected a name ending in .h5 (tile features) or .pt (slide tokens)"),
         ("x", "expected a name ending in .h5"),
         ("nowhere/x.pt", "there is no folder nowhere; make it first: mkdir -p nowhere"),
+        ("no where/x.pt", "make it first: mkdir -p 'no where'"),
         ("folder.pt", "no regular file"),
         ("device.pt", "no regular file"),
         ("x.h5", "holds slide tokens: no tile features can be made from it"),
@@ -657,6 +667,34 @@ def test_encode_then_ask(wsi_rt: Run, nano_bundle: Path, slide: Path, here: Path
     ]
     assert answers == [answers[0]] * 4
     assert len(answers[0]) == 12
+
+
+def test_features_and_tokens_of_another_checkpoint_are_refused(
+    wsi_rt: Run, refused: Run, nano_bundle: Path, slide: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("seed1")
+    parts = ("--checkpoint", "synthetic:nano?seed=1", "--components", "tile_encoder,slide_encoder")
+    assert wsi_rt("build-engines", *parts, "--out", folder / "engines").code == 0
+    outs = ("--out", folder / "a.h5", "--out", folder / "a.pt")
+    assert wsi_rt("encode", slide, "--engines", folder / "engines", *outs).code == 0
+    for name, maker in (("a.h5", "tile_encoder"), ("a.pt", "slide_encoder")):
+        words = f"another {maker} (weights {load_manifest(folder / 'engines').components[maker].weights[:12]})"
+        refused(2, words, "ask", folder / name, QUESTION, "--engines", nano_bundle)
+    words = "another tile_encoder"
+    refused(2, words, "encode", folder / "a.h5", "--engines", nano_bundle, "--out", "b.pt")
+
+
+def test_encode_carries_what_a_file_says_of_its_slide(wsi_rt: Run, nano_bundle: Path, here: Path) -> None:
+    import h5py
+
+    said = {"name": "TCGA-1", "patch_size": 512, "overlap": 0, "target_magnification": 40, "patch_size_level0": 512}
+    with h5py.File(here / "ext.h5", "w") as root:
+        root["features"] = np.random.default_rng(0).standard_normal((2, 96)).astype(np.float32)
+        root["coords"] = np.array([[0, 0], [512, 0]])
+        root["coords"].attrs.update(said)
+    assert wsi_rt("encode", "ext.h5", "--engines", nano_bundle, "--out", "copy.h5").code == 0
+    with h5py.File(here / "copy.h5") as root:
+        assert dict(root["coords"].attrs) == said
 
 
 def test_paths_and_questions_in_any_script(

@@ -216,6 +216,13 @@ def test_unknown_targets_list_the_choices():
             backend(name)
 
 
+def test_a_component_that_was_not_compiled_for_the_target(built):
+    m = replace(built[1]["projector"], targets={"abacus": built[1]["projector"].compiled("ort-cpu")})
+    for open_it in (backend("ort-cpu").open_engine, backend("ort-cpu").open_decoder):
+        with pytest.raises(InputError, match="projector is not compiled for 'ort-cpu', expected one of: abacus"):
+            open_it(built[0], m, 1)
+
+
 def test_every_target_loads_lazily_and_exists():
     """The registry's names resolve."""
     from importlib import import_module
@@ -230,7 +237,8 @@ def test_every_target_loads_lazily_and_exists():
 def test_the_provider_asked_for_is_the_one_that_runs(built):
     root, manifests = built
     m = manifests["projector"]
-    session = open_session(root / m.engine["model"], root / m.weights_dir, 1)
+    compiled = m.compiled("ort-cpu")
+    session = open_session(root / compiled.graphs["model"], root / compiled.weights_dir, 1)
     assert session.get_providers() == [PROVIDER]
     assert session.get_session_options().intra_op_num_threads == 1
 
@@ -242,9 +250,9 @@ def test_a_graph_that_cannot_be_opened(built, tmp_path):
     with pytest.raises(EngineMismatchError, match=r"bad\.onnx: onnxruntime .* cannot open it .*; rebuild it"):
         open_session(tmp_path / "bad.onnx", tmp_path, 1)
     with pytest.raises(EngineMismatchError, match=r"cannot open it"):
-        open_session(root / m.engine["model"], tmp_path, 1)  # no weights there
+        open_session(root / m.compiled("ort-cpu").graphs["model"], tmp_path, 1)  # no weights there
     with pytest.raises(EngineMismatchError, match=r"nowhere\.onnx"):
-        OrtEngine.open(tmp_path, replace(m, engine={"model": "nowhere.onnx"}), 1)
+        OrtEngine.open(tmp_path, m, replace(m.compiled("ort-cpu"), graphs={"model": "nowhere.onnx"}), 1)
 
 
 def test_engines_do_not_care_where_the_process_stands(built, tmp_path, monkeypatch):

@@ -98,7 +98,7 @@ print(run(sys.argv[1:]))
     done = python(code, "build-engines", "--checkpoint", "synthetic:nano", "--out", str(tmp_path / "bundle"))
     assert done.stdout == "3\n"
     assert done.stderr.startswith("wsi-rt: ")
-    assert "pip install 'wsi-rt[export]'" in done.stderr
+    assert "pip install '.[export]'" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
 

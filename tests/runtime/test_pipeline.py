@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import h5py
 import numpy as np
 import pytest
 
-from wsi_rt.runtime import GenerationSettings, Pipeline, SlideSettings
+from wsi_rt.runtime import GenerationSettings, Pipeline, SlideSettings, encode
 from wsi_rt.runtime.encode import Encoded
-from wsi_rt.runtime.errors import FeatureFileError, InputError
+from wsi_rt.runtime.errors import FeatureFileError, InputError, WsiRtError
 from wsi_rt.runtime.features import read_slide_tokens, write_slide_tokens, write_tile_features
+from wsi_rt.runtime.llm.prompt import encode_prompt
 from wsi_rt.runtime.pipeline import STAGES
+from wsi_rt.runtime.slides import iter_tiles
 from wsi_rt.runtime.types import Answer, Provenance, SlideTokens, TileFeatures, TileGrid
 
 QUESTION = "Is there necrosis?"
@@ -105,15 +109,36 @@ def test_shuffled_features_are_sorted_and_told(pipeline: Pipeline, files: tuple[
     assert any("sort" in note for note in answer.notes)
 
 
-@pytest.mark.parametrize("threads", [1])
+@pytest.mark.parametrize("threads", [1, 3])
 def test_thread_count_changes_no_tiles(
     nano_bundle: Path, slide: Path, encoded: Encoded, files: tuple[Path, Path], pipeline: Pipeline, threads: int
 ) -> None:
     with Pipeline.open(nano_bundle, threads=threads) as other:
-        assert other.encode(slide, tokens=False).tiles == {**encoded.tiles, "distinct_tokens": None}
+        again = other.encode(slide, tokens=False)
+        assert again.tiles == {**encoded.tiles, "distinct_tokens": None}
+        assert again.features is not None
+        assert encoded.features is not None
+        np.testing.assert_array_equal(again.features.grid.xy0, encoded.features.grid.xy0)
+        np.testing.assert_allclose(again.features.x, encoded.features.x, rtol=1e-4, atol=1e-4)
         alone = other.ask(files[1], QUESTION, GREEDY)
     assert alone.settings["threads"] == threads
     assert same(alone, pipeline.ask(files[1], QUESTION, GREEDY))
+
+
+@pytest.mark.parametrize(("threads", "readers"), [(1, 1), (2, 1), (3, 1), (4, 2)])
+def test_half_of_the_threads_read(
+    nano_bundle: Path, slide: Path, threads: int, readers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def counted(*arguments: Any, threads: int) -> Iterator[Any]:
+        seen.append(threads)
+        return iter_tiles(*arguments, threads=threads)
+
+    monkeypatch.setattr(encode, "iter_tiles", counted)
+    with Pipeline.open(nano_bundle, threads=threads) as pipeline:
+        pipeline.encode(slide, tokens=False)
+    assert seen == [readers]
 
 
 # --- many questions on one slide
@@ -192,7 +217,9 @@ def test_an_answer_stops_at_the_end_of_the_context(pipeline: Pipeline, encoded: 
     question = "word " * 1100  # about 3,300 tokens of the nano tokenizer
     answer = pipeline.ask(encoded, question, replace(GREEDY, max_new_tokens=4000))
     assert answer.stop_reason == "length"
-    assert 0 < len(answer.token_ids) < 600
+    prompt = encode_prompt(pipeline.bundle.tokenizer(), GREEDY.template, question)
+    context = pipeline.bundle.component("llm").config["context"]
+    assert len(answer.token_ids) == context - prompt.text_tokens - 576
     assert any("no more fit" in note for note in answer.notes)
 
 
@@ -206,6 +233,54 @@ def test_an_answer_tells_how_it_was_made(nano_bundle: Path, slide: Path) -> None
     assert answer.tiles["failed"] == 0
     assert answer.settings["slide"]["position_tile"] == answer.settings["slide"]["patch_size_level0"]
     assert set(answer.engines) == set(pipeline.bundle.manifest.components)
+
+
+def test_an_answer_tells_the_settings_its_slide_was_read_with(pipeline: Pipeline, slide: Path) -> None:
+    settings = SlideSettings(target_mpp=1.0, mpp=0.48, position_tile=600)
+    encoded = pipeline.encode(slide, settings)
+    told = pipeline.ask(encoded, QUESTION, GREEDY).settings["slide"]
+    assert {k: told[k] for k in ("target_mpp", "mpp", "mpp0", "position_tile")} == {
+        "target_mpp": 1.0,
+        "mpp": 0.48,
+        "mpp0": 0.48,
+        "position_tile": 600,
+    }
+    assert told == pipeline.ask(slide, QUESTION, GREEDY, settings).settings["slide"]
+
+
+def test_settings_for_a_slide_that_is_read_already_are_refused(pipeline: Pipeline, encoded: Encoded) -> None:
+    with pytest.raises(InputError, match=r"slide_settings given with .* encoded already: give them to encode\(\)"):
+        pipeline.ask(encoded, QUESTION, GREEDY, SlideSettings())
+
+
+def test_a_region_read_again_is_told(pipeline: Pipeline, slide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    openslide = pytest.importorskip("openslide")
+    read, failures = openslide.OpenSlide.read_region, [openslide.OpenSlideError("a moment of weakness")]
+
+    def fails_once(self: Any, *arguments: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return read(self, *arguments)
+
+    monkeypatch.setattr(openslide.OpenSlide, "read_region", fails_once)
+    assert "1 region was read again after an error" in pipeline.encode(slide, tokens=False).notes
+    assert not [n for n in pipeline.encode(slide, tokens=False).notes if "again" in n]
+
+
+@pytest.mark.parametrize(("precision", "advised"), [("fp32", False), ("int8", True)])
+def test_values_that_are_not_finite_name_the_tile_and_what_helps(
+    nano_bundle: Path, slide: Path, precision: str, advised: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Pipeline.open(nano_bundle, threads=2) as pipeline:
+        engine = pipeline._engine("tile_encoder")
+        targets = {name: replace(c, precision=precision) for name, c in engine.manifest.targets.items()}
+        engine.manifest = replace(engine.manifest, targets=targets)
+        monkeypatch.setattr(engine, "run", lambda _, outputs: outputs["features"].fill(np.nan))
+        with pytest.raises(
+            WsiRtError, match=r"tile \[\d+, \d+\] encodes to .* not finite .*`wsi-rt verify DIR`"
+        ) as told:
+            pipeline.encode(slide)
+    assert ("--precision tile_encoder=fp32" in str(told.value)) == advised
 
 
 def test_progress_reaches_the_end_of_every_stage(pipeline: Pipeline, slide: Path, encoded: Encoded) -> None:
@@ -240,6 +315,28 @@ def test_the_divisor_is_recorded_in_token_files(pipeline: Pipeline, tmp_path: Pa
     assert answer.settings["slide"]["position_tile"] == 256
 
 
+def test_tiles_that_share_a_position_are_counted_once(pipeline: Pipeline, tmp_path: Path) -> None:
+    """The position decides, not the file's tile size; a note per encoding, with the divisor."""
+    crowded = write_h5(
+        tmp_path / "crowded.h5", features_at([(0, 0), (10, 0), (10, 0), (300, 0), (300, 300), (400, 300)])
+    )
+    for divisor, count in ((None, 3), (400, 4), (10, 1), (1, 1)):
+        notes = [n for n in pipeline.encode(crowded, SlideSettings(position_tile=divisor)).notes if "share" in n]
+        assert notes == [f"{count} of 6 tiles share a position with another tile (divisor {divisor or 256} px)"]
+    apart = write_h5(tmp_path / "apart.h5", features_at([(0, 0), (256, 0)]))
+    assert not [n for n in pipeline.encode(apart).notes if "share" in n]
+
+
+def test_a_slides_tiles_may_share_positions_too(pipeline: Pipeline, slide: Path, encoded: Encoded) -> None:
+    assert encoded.features is not None
+    cells = encoded.features.grid.xy0 // 512
+    shared = len(cells) - len({tuple(c) for c in cells.tolist()})
+    assert shared > 0
+    notes = pipeline.encode(slide, SlideSettings(position_tile=512)).notes
+    assert f"{shared} of {len(cells)} tiles share a position with another tile (divisor 512 px)" in notes
+    assert not [n for n in encoded.notes if "share" in n]
+
+
 @pytest.mark.parametrize(("xy0", "fits"), [((999 * 256, 0), True), ((1000 * 256, 0), False), ((0, 256_000), False)])
 def test_tiles_off_the_position_grid_are_refused(
     pipeline: Pipeline, tmp_path: Path, xy0: tuple[int, int], fits: bool
@@ -258,6 +355,42 @@ def test_features_of_another_encoder_are_refused(pipeline: Pipeline, tmp_path: P
     path = write_h5(tmp_path / "wide.h5", features_at([(0, 0)], width=1536))
     with pytest.raises(FeatureFileError, match="1536 numbers each, this bundle's slide encoder takes 96"):
         pipeline.ask(path, QUESTION, GREEDY)
+
+
+def test_numbers_of_another_checkpoint_are_refused(
+    pipeline: Pipeline, encoded: Encoded, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    components = pipeline.bundle.manifest.components
+    assert encoded.features is not None
+    assert encoded.tokens is not None
+    other = "f00d" * 16
+    features = replace(encoded.features, provenance=Provenance("tile_encoder", other))
+    write_tile_features(tmp_path / "other.h5", features)
+    told = f"another tile_encoder (weights f00df00df00d) than this bundle's ({components['tile_encoder'].weights[:12]})"
+    with pytest.raises(FeatureFileError, match=re.escape(told)) as caught:
+        pipeline.ask(tmp_path / "other.h5", QUESTION, GREEDY)
+    assert "other.h5" in str(caught.value)
+    own = encoded.tokens.provenance
+    for name, made_by in (
+        ("slide_encoder", replace(own, digest=other)),
+        ("tile_encoder", replace(own, settings={**own.settings, "tile_encoder": other})),
+    ):
+        tokens = replace(encoded.tokens, provenance=made_by)
+        write_slide_tokens(tmp_path / "other.pt", tokens)
+        for source in (tmp_path / "other.pt", replace(encoded, tokens=tokens)):
+            with pytest.raises(FeatureFileError, match=f"another {name} .weights f00df00df00d"):
+                pipeline.ask(source, QUESTION, GREEDY)
+
+
+def test_other_makers_and_missing_components_are_not_compared(encoded: Encoded, pipeline: Pipeline) -> None:
+    components = pipeline.bundle.manifest.components
+    assert encoded.features is not None
+    for made_by in (Provenance("external trident", "f00d"), Provenance("tile_encoder", "", {"source_digest": 3})):
+        encode.require_own(replace(encoded, features=replace(encoded.features, provenance=made_by)), components, "x")
+    foreign = replace(encoded, features=replace(encoded.features, provenance=Provenance("tile_encoder", "f00d")))
+    encode.require_own(foreign, {k: v for k, v in components.items() if k != "tile_encoder"}, "x")
+    with pytest.raises(FeatureFileError):
+        encode.require_own(foreign, components, "x")
 
 
 def test_an_input_encoded_without_tokens_cannot_be_asked(pipeline: Pipeline, files: tuple[Path, Path]) -> None:

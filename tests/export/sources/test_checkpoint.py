@@ -133,10 +133,54 @@ def test_half_precision_checkpoints_are_read_as_fp32(checkpoint, dtype):
 
 
 def test_slide_encoder_settings_stand_beside_its_weights(checkpoint):
-    checkpoint.write_slide(heads=8, segment_lengths=[64, 128], dilated_ratios=[1, 2], eps=1e-4, unrelated="x")
+    checkpoint.write_slide(heads=8, segment_lengths=[64, 128], dilated_ratios=[1, 2], eps=1e-4, model_type="x")
     config = resolve(all_of(checkpoint)).parts["slide_encoder"].config
     assert (config.heads, config.segment_lengths, config.dilated_ratios) == (8, (64, 128), (1, 2))
     assert (config.eps, config.depth, config.width, config.ffn) == (1e-4, 2, 64, 128)
+
+
+def test_published_spellings_of_the_slide_encoders_settings(checkpoint):
+    """golden/longnet/tiny.json's names, every one read or held against the weights."""
+    published = json.loads((Path(__file__).parents[2] / "golden/longnet/tiny.json").read_text())["config"]
+    c = checkpoint.preset.slide_encoder
+    sizes = {"in_chans": c.in_width, "embed_dim": c.width, "depth": c.depth, "ffn_dim": c.ffn}
+    checkpoint.write_slide(**{**published, **sizes, "heads": 8, "norm_eps": 1e-3, "layer_norm_eps": 1e-4})
+    config = resolve(all_of(checkpoint)).parts["slide_encoder"].config
+    expected = replace(
+        c,
+        heads=8,
+        segment_lengths=(1024, 1448, 2048, 2896, 4096),
+        dilated_ratios=(1, 2, 4, 8, 16),
+        eps=1e-4,
+        pool_eps=1e-3,
+    )
+    assert config == expected
+
+
+def test_segments_follow_the_slides_size(checkpoint):
+    """SPEC 3's rule, when the list itself is not given."""
+    for given, segments in (
+        ({"max_wsi_size": 262144, "tile_size": 256}, (1024, 5792, 32768, 185363, 1048576)),
+        ({"max_wsi_size": 262144}, (1024, 5792, 32768, 185363, 1048576)),
+        ({"max_wsi_size": 16384, "tile_size": 256}, (1024, 1448, 2048, 2896, 4096)),
+        ({"tile_size": 4096}, (1024, 1448, 2048, 2896, 4096)),
+        ({"tile_size": 512, "segment_length": [8, 16, 32, 64, 128]}, (8, 16, 32, 64, 128)),
+    ):
+        checkpoint.write_slide(**given)
+        assert resolve(all_of(checkpoint)).parts["slide_encoder"].config.segment_lengths == segments
+
+
+def test_config_json_beside_a_slide_encoder_file_is_read(checkpoint):
+    checkpoint.write_slide(heads=8)
+    path = checkpoint.slide / "slide_encoder.safetensors"
+    assert resolve(Sources(slide_encoder=str(path))).parts["slide_encoder"].config.heads == 8
+
+
+def test_a_tile_encoders_config_beside_a_slide_encoder_is_not_its_own(checkpoint):
+    """Prov-GigaPath's repository holds both encoders in one folder; its config.json is timm's."""
+    path = checkpoint.tile / "slide_encoder.safetensors"
+    checkpoint.save(path, checkpoint.tensors["slide_encoder"])
+    assert resolve(Sources(slide_encoder=str(path))).parts["slide_encoder"].config.heads == 16
 
 
 def test_a_single_flag_is_enough(checkpoint, tmp_path):
@@ -307,11 +351,23 @@ def test_lora_is_refused_by_name(checkpoint, tmp_path):
         ({"mlp_bias": True}, ["mlp_bias = True"]),
         ({"hidden_act": "gelu"}, ["hidden_act = 'gelu'"]),
         ({"sliding_window": 4096}, ["sliding_window = 4096"]),
-        ({"num_attention_heads": 0}, ["config.json lacks or garbles"]),
-        ({"num_attention_heads": None}, ["config.json lacks or garbles"]),
-        ({"num_key_value_heads": 3}, ["num_key_value_heads: 3 for 4 heads"]),
-        ({"head_dim": 8}, ["head_dim: 8, expected a multiple of 16"]),
-        ({"rms_norm_eps": "tiny"}, ["config.json lacks or garbles"]),
+        ({"num_attention_heads": 0}, ["num_attention_heads = 0, expected a whole number of at least 1"]),
+        ({"num_attention_heads": None}, ["config.json lacks num_attention_heads"]),
+        ({"num_attention_heads": 4.0}, ["num_attention_heads = 4.0, expected a whole number"]),
+        ({"num_hidden_layers": True}, ["num_hidden_layers = True, expected a whole number"]),
+        ({"max_position_embeddings": "256"}, ["max_position_embeddings = '256', expected a whole number"]),
+        ({"num_key_value_heads": 3}, ["num_key_value_heads = 3, expected a divisor of the 4 heads"]),
+        ({"num_key_value_heads": 0}, ["num_key_value_heads = 0"]),
+        ({"num_attention_heads": 5, "head_dim": 16}, ["num_attention_heads = 5", "a divisor of hidden_size 64"]),
+        ({"head_dim": 8}, ["head_dim = 8, expected a multiple of 16"]),
+        ({"head_dim": 0}, ["head_dim = 0"]),
+        ({"rms_norm_eps": "tiny"}, ["rms_norm_eps = 'tiny', expected a number above 0"]),
+        ({"rms_norm_eps": 0}, ["rms_norm_eps = 0, expected a number above 0"]),
+        ({"rms_norm_eps": float("nan")}, ["rms_norm_eps = nan"]),
+        ({"rope_theta": "1e4"}, ["rope_theta = '1e4'"]),
+        ({"rope_parameters": {"rope_theta": True}}, ["rope_parameters: rope_theta = True"]),
+        ({"tie_word_embeddings": "no"}, ["tie_word_embeddings = 'no', expected true or false"]),
+        ({"model_type": ["llama"]}, ["['llama'] is not supported"]),
         ({"vocab_size": 511}, ["misshapen (model.embed_tokens.weight [512, 64], expected [511, 64]"]),
         ({"num_key_value_heads": 4}, ["misshapen (model.layers.0.self_attn.k_proj.weight [32, 64], expected [64, 64]"]),
         ({"tie_word_embeddings": True}, ["unexpected (lm_head.weight)"]),
@@ -342,21 +398,46 @@ def test_no_tokenizer_is_found_out_before_building(checkpoint, tmp_path, missing
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "words"),
     [
-        {"heads": 7},
-        {"heads": 0},
-        {"heads": "16"},
-        {"segment_lengths": [64]},
-        {"segment_lengths": 64},
-        {"segment_lengths": [], "dilated_ratios": []},
-        {"dilated_ratios": [1, 2, 4, 8, 0]},
+        ({"heads": 7}, ["width 64 with 7 heads do not fit"]),
+        ({"heads": 0}, ["heads = 0, expected a whole number of at least 1"]),
+        ({"heads": "16"}, ["heads = '16'"]),
+        ({"heads": 16.0}, ["heads = 16.0, expected a whole number"]),
+        ({"heads": True}, ["heads = True"]),
+        ({"heads": None}, ["heads = None"]),
+        ({"segment_lengths": [64]}, ["1 segment lengths for 5 ratios"]),
+        ({"segment_lengths": 64}, ["segment_lengths = 64, expected a list of whole numbers"]),
+        ({"segment_lengths": [1024.5, 2], "dilated_ratios": [1, 2]}, ["segment_lengths = [1024.5, 2]"]),
+        ({"segment_length": [True, 2], "dilated_ratio": [1, 2]}, ["segment_length = [True, 2]"]),
+        ({"segment_lengths": [], "dilated_ratios": []}, ["segment_lengths = []"]),
+        ({"dilated_ratios": [1, 2, 4, 8, 0]}, ["dilated_ratios = [1, 2, 4, 8, 0]"]),
+        ({"pool_eps": None}, ["pool_eps = None, expected a number above 0"]),
+        ({"eps": "1e-5"}, ["eps = '1e-5', expected a number above 0"]),
+        ({"norm_eps": float("inf")}, ["norm_eps = inf"]),
+        ({"layer_norm_eps": -1e-5}, ["layer_norm_eps = -1e-05"]),
+        ({"eps": 1e-5, "layer_norm_eps": 1e-6}, ["eps = 1e-05, expected layer_norm_eps = 1e-06 again"]),
+        ({"max_wsi_size": 128, "tile_size": 256}, ["max_wsi_size = 128, expected 1 to 2^20 times tile_size 256"]),
+        ({"max_wsi_size": 2**60}, ["max_wsi_size = 1152921504606846976"]),
+        ({"eps": 10**400}, ["eps = 1000"]),
+        ({"heads": 2**64}, ["heads = 18446744073709551616"]),
+        ({"max_wsi_size": 16384.0}, ["max_wsi_size = 16384.0"]),
+        (
+            {"max_wsi_size": 16384, "segment_length": [1, 2, 3, 4, 5]},
+            ["[1, 2, 3, 4, 5]", "[1024, 1448, 2048, 2896, 4096]", "keep one"],
+        ),
+        ({"slide_ngrids": 2000}, ["slide_ngrids = 2000, expected 1000"]),
+        ({"in_chans": 1536}, ["in_chans = 1536, expected 32 (as the weights are)"]),
+        ({"embed_dim": 64.0}, ["embed_dim = 64.0, expected 64"]),
+        ({"depth": 12}, ["depth = 12, expected 2"]),
+        ({"ffn_dim": 3072}, ["ffn_dim = 3072, expected 128"]),
+        ({"unrelated": "x", "dropout": 0.1}, ["dropout = 0.1, unrelated = 'x'", "not known"]),
     ],
     ids=str,
 )
-def test_slide_encoder_settings_that_do_not_fit(checkpoint, tmp_path, settings):
+def test_slide_encoder_settings_that_do_not_fit(checkpoint, tmp_path, settings, words):
     checkpoint.write_slide(**settings)
-    refused(all_of(checkpoint), tmp_path / "bundle", "slide_encoder", "do not fit; correct config.json")
+    refused(all_of(checkpoint), tmp_path / "bundle", str(checkpoint.slide / "config.json"), *words)
 
 
 def test_not_a_slide_encoder(checkpoint, tmp_path):

@@ -18,10 +18,11 @@ from wsi_rt.export.arch import IMAGENET_MEAN, IMAGENET_STD, LongNetConfig, ViTCo
 from wsi_rt.export.graphs import tile_encoder  # noqa: E402
 from wsi_rt.export.graphs.builder import check_model  # noqa: E402
 from wsi_rt.export.models import reference_model  # noqa: E402
+from wsi_rt.export.sources.checkpoint import Sources, resolve  # noqa: E402
 from wsi_rt.export.sources.files import SafetensorsSource  # noqa: E402
 from wsi_rt.export.sources.timm_vit import describe_timm, load_timm_directory  # noqa: E402
 from wsi_rt.export.sources.weights import check_tensors  # noqa: E402
-from wsi_rt.runtime.errors import CheckpointError, MissingDependencyError  # noqa: E402
+from wsi_rt.runtime.errors import CheckpointError, MachineError  # noqa: E402
 
 TILES = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "tiles"
 TOLERANCE = 1e-4
@@ -121,7 +122,8 @@ def crop(tiles: np.ndarray, image_px: int, mean, std) -> torch.Tensor:
 
 def same_outputs(folder: Path, oracle, tiles, ort_run, mean=IMAGENET_MEAN, std=IMAGENET_STD) -> ViTConfig:
     """Load `folder` our way and hold torch and ONNX against `oracle`, which timm loaded."""
-    config, source = load_timm_directory(folder)
+    part = load_timm_directory(folder)
+    config, source = part.config, part.source
     check_tensors(source, config.tensors(), "tile_encoder")
     with torch.inference_mode():
         expected = oracle.eval()(crop(tiles, config.image_px, mean, std)).numpy()
@@ -204,7 +206,7 @@ def test_positions_are_resampled_as_timm_does(timm, tmp_path, tiles, ort_run, na
     randomise(model)
     folder = save(tmp_path / "timm", model, name, {"depth": 1, "img_size": 224}, input_size=[3, 518, 518])
     oracle = load_with_timm(timm, folder)
-    _, source = load_timm_directory(folder)
+    source = load_timm_directory(folder).source
     assert model.pos_embed.shape[1] != oracle.pos_embed.shape[1]
     assert np.array_equal(source.get("pos_embed"), oracle.pos_embed.detach().numpy())
     same_outputs(folder, oracle, tiles, ort_run)
@@ -217,7 +219,8 @@ def test_other_grids_are_not_resampled(timm, tmp_path):
     tensors = safetensors_torch.load_file(str(folder / "model.safetensors"))
     tensors["pos_embed"] = torch.zeros(1, 150, 192)
     safetensors_torch.save_file(tensors, str(folder / "model.safetensors"))
-    config, source = load_timm_directory(folder)
+    part = load_timm_directory(folder)
+    config, source = part.config, part.source
     with pytest.raises(CheckpointError, match=r"1 misshapen \(pos_embed \[1, 150, 192\], expected \[1, 197, 192\]\)"):
         check_tensors(source, config.tensors(), "tile_encoder")
 
@@ -251,8 +254,8 @@ def test_unsupported_models_are_refused_by_name(timm, tmp_path, name, args, what
 @pytest.mark.parametrize(
     ("config", "what"),
     [
-        ("{", "not a timm config"),
-        ("[]", "not a timm config"),
+        ("{", "config.json: corrupt"),
+        ("[]", "config.json: a JSON list, expected an object"),
         ("{}", "architecture"),
         ('{"architecture": "vit_no_such_model"}', "vit_no_such_model"),
         ('{"architecture": "vit_tiny_patch16_224", "model_args": {"no_such": 1}}', "no_such"),
@@ -260,7 +263,22 @@ def test_unsupported_models_are_refused_by_name(timm, tmp_path, name, args, what
         ('{"architecture": "vit_giant_patch14_dinov2", "model_args": {"mlp_layer": "x", "depth": 1}}', "mlp_layer"),
         ('{"architecture": "vit_giant_patch14_dinov2", "model_args": {"in_chans": 4}}', "in_chans"),
         ('{"architecture": "vit_giant_patch14_dinov2", "model_args": {"global_pool": "avg"}}', "global_pool"),
-        ('{"architecture": "vit_giant_patch14_dinov2", "model_args": {"embed_dim": "wide"}}', "embed_dim"),
+        ('{"architecture": "vit_giant_patch14_dinov2", "model_args": {"embed_dim": "wide"}}', "embed_dim = 'wide'"),
+        ('{"architecture": "vit_giant_patch14_dinov2", "model_args": {"embed_dim": 96.0}}', "embed_dim = 96.0"),
+        ('{"architecture": "vit_giant_patch14_dinov2", "model_args": {"depth": true}}', "depth = True"),
+        ('{"architecture": "vit_giant_patch14_dinov2", "model_args": {"num_heads": 0}}', "num_heads = 0"),
+        ('{"architecture": "vit_giant_patch14_dinov2", "model_args": {"num_heads": 7}}', "num_heads = 7"),
+        ('{"architecture": "vit_giant_patch14_dinov2", "model_args": {"reg_tokens": -1}}', "reg_tokens = -1"),
+        (
+            '{"architecture": "vit_giant_patch14_dinov2", "model_args": {"img_size": [224, 224]}}',
+            "img_size = [224, 224]",
+        ),
+        ('{"architecture": "vit_giant_patch14_dinov2", "input_size": 224}', "input_size = 224"),
+        ('{"architecture": "vit_giant_patch14_dinov2", "mean": [0.5, "x", 0.5]}', "mean = [0.5, 'x', 0.5]"),
+        ('{"architecture": "vit_giant_patch14_dinov2", "std": [0.5, 0.5]}', "std = [0.5, 0.5]"),
+        ('{"architecture": "vit_giant_patch14_dinov2", "std": [0.5, 0, 0.5]}', "above 0"),
+        ('{"architecture": "vit_tiny_patch16_224", "model_args": {"num_heads": 0}}', "vit_tiny_patch16_224"),
+        ('{"architecture": ["vit"]}', "not a timm config"),
         ('{"architecture": "vit_giant_patch14_dinov2"}', "518 px"),
     ],
 )
@@ -272,8 +290,22 @@ def test_bad_configs_are_refused(timm, tmp_path, config, what):
 
 
 def test_missing_config_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match=r"config\.json: not a timm config"):
+    with pytest.raises(CheckpointError, match=r"config\.json: not readable"):
         load_timm_directory(tmp_path)
+
+
+def test_a_classifier_that_is_left_out_is_counted(checkpoint):
+    """`head.*` takes no part in features; what is dropped is told (`--dry-run` shows it)."""
+    assert load_timm_directory(checkpoint.tile).ignored == 0
+    head = {"head.weight": np.zeros((10, 32), np.float32), "head.bias": np.zeros(10, np.float32)}
+    checkpoint.save(checkpoint.tile / "model.safetensors", {**checkpoint.tensors["tile_encoder"], **head})
+    parts = resolve(Sources(checkpoint=str(checkpoint.root))).parts
+    assert {name: part.ignored for name, part in parts.items()} == {
+        "tile_encoder": 2,
+        "slide_encoder": 0,
+        "projector": 0,
+        "llm": 2,
+    }
 
 
 @pytest.fixture
@@ -292,7 +324,9 @@ def gigapath_config(tmp_path: Path, **changes: Any) -> ViTConfig:
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     safetensors_torch.save_file({"none": torch.zeros(1)}, str(tmp_path / "model.safetensors"))
-    return load_timm_directory(tmp_path)[0]
+    config = load_timm_directory(tmp_path).config
+    assert isinstance(config, ViTConfig)
+    return config
 
 
 def test_published_tile_encoder_needs_no_timm(no_timm, tmp_path):
@@ -312,7 +346,7 @@ def test_the_known_table_equals_timm(timm, tmp_path):
 
 def test_other_architectures_without_timm_name_the_package(no_timm, tmp_path):
     (tmp_path / "config.json").write_text('{"architecture": "vit_tiny_patch16_224"}')
-    with pytest.raises(MissingDependencyError, match=r"vit_tiny_patch16_224.*needs timm.*pip install"):
+    with pytest.raises(MachineError, match=r"vit_tiny_patch16_224.*needs timm.*pip install"):
         load_timm_directory(tmp_path)
 
 

@@ -251,6 +251,34 @@ def test_shared_prefix_gives_the_same_tokens_again_and_again(tokenizer: Tokenize
     assert ("prefill", 24) not in decoder.calls
 
 
+def test_a_kv_belongs_to_one_request_at_a_time(tokenizer: Tokenizer) -> None:
+    decoder = StandInDecoder(tokenizer.vocab_size)
+    kv = decoder.new_kv(64)
+    decoder.prefill(kv, prompt(6))
+    loop = Loop(decoder, tokenizer, max_running=2)
+    first = loop.submit(Request(prompt(3), GenerationSettings(max_new_tokens=2), kv=kv))
+    for _ in range(2):  # while it waits, and while it runs
+        with pytest.raises(ValueError, match="belongs to a request that has not ended"):
+            loop.submit(Request(prompt(3, seed=1), kv=kv))
+        loop.step()
+    while not first.done:
+        loop.step()
+    kv.rewind(6)
+    loop.submit(Request(prompt(3, seed=1), kv=kv))
+
+
+def test_waiting_requests_hold_no_memory(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = StandInDecoder(tokenizer.vocab_size)
+    made: list[int] = []
+    monkeypatch.setattr(decoder, "new_kv", lambda capacity: made.append(capacity) or StandInKV(capacity))
+    loop = Loop(decoder, tokenizer)
+    for seed in range(5):
+        loop.submit(Request(prompt(3, seed=seed), GenerationSettings(max_new_tokens=4)))
+    assert made == []
+    loop.step()
+    assert made == [7]
+
+
 def test_several_running_sequences_are_independent(tokenizer: Tokenizer) -> None:
     decoder = StandInDecoder(tokenizer.vocab_size)
     requests = [

@@ -14,7 +14,7 @@ from wsi_rt.runtime.llm.tokenizer import Tokenizer
 
 SHARED = Path(__file__).resolve().parents[3].parent / "shared"
 MODEL = SHARED / "data/llm/llama2_tokenizer.model"
-CASES = SHARED / "golden/prompt/cases.json"
+CASES = Path(__file__).resolve().parents[2] / "golden/prompt/cases.json"
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +31,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def test_all_twelve_golden_prompts(llama: Tokenizer) -> None:
-    if not CASES.is_file():
-        pytest.skip(f"{CASES} is not here")
     cases = json.loads(CASES.read_text(encoding="utf-8"))
     assert len(cases) == 12
     for case in cases:

@@ -93,9 +93,18 @@ def test_a_tile_below_one_pixel(level_slide: Make) -> None:
 
 
 def test_a_tile_that_would_not_fit_memory(level_slide: Make) -> None:
-    with pytest.raises(SlideError, match=r"needs 51200 x 51200 px of level 0.*--target-mpp 8 or less"):
+    with pytest.raises(SlideError, match=r"needs 51200 x 51200 px of level 0.*--target-mpp 7.92 or less"):
         plan_reads(level_slide(100_000, 100_000, 0.25), SlideSettings(target_mpp=50))
     assert plan_reads(level_slide(100_000, 100_000, 0.25), SlideSettings(target_mpp=8)).read_px == 8192
+
+
+@pytest.mark.parametrize("mpp", [0.2499, 0.2312, 0.0521, 1.5702])
+def test_the_advised_target_fits_memory(level_slide: Make, mpp: float) -> None:
+    reader = level_slide(100_000, 100_000, mpp)
+    with pytest.raises(SlideError) as caught:
+        plan_reads(reader, SlideSettings(target_mpp=99))
+    advised = float(str(caught.value).split("--target-mpp ")[1].split()[0])
+    assert 8000 < plan_reads(reader, SlideSettings(target_mpp=advised)).read_px <= 8192
 
 
 def test_real_slides(slides: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import tifffile
 
 from wsi_rt.runtime.config import SlideSettings
-from wsi_rt.runtime.errors import MissingDependencyError, SlideError
+from wsi_rt.runtime.errors import MachineError, SlideError
 from wsi_rt.runtime.slides import open_slide, write_synth_slide
 from wsi_rt.runtime.slides.reader import DeclaredMpp, fingerprint, resolve_mpp
 
@@ -125,22 +125,37 @@ def test_mpp_overrides_absurd_and_own(slides: Path) -> None:
         assert (reader.ref.mpp0, reader.notes) == (0.5, ())  # within 5 %: nothing to remark
 
 
-def test_resolve_mpp() -> None:
-    def resolve(x: float | None, y: float | None) -> tuple[float, str, tuple[str, ...]]:
-        return resolve_mpp(Path("s"), DeclaredMpp(x, y, "src"), SlideSettings())
+def resolve(x: float | None, y: float | None, **settings: float) -> tuple[float, str, tuple[str, ...]]:
+    return resolve_mpp(Path("s"), DeclaredMpp(x, y, "src"), SlideSettings(**settings))
 
+
+def test_resolve_mpp() -> None:
     assert resolve(0.25, 0.26) == (pytest.approx(0.255), "src", ())
-    mpp, _, notes = resolve(0.25, 0.5)
-    assert mpp == pytest.approx(0.375)
-    assert "differ (0.25 and 0.5 um/px)" in notes[0]
-    mpp, _, notes = resolve(None, 0.3)
-    assert mpp == 0.3
-    assert "one axis only" in notes[0]
+    for axes in ((None, 0.3), (0.3, None)):
+        mpp, _, notes = resolve(*axes)
+        assert mpp == 0.3
+        assert "one axis only (0.3 um/px), used for both" in notes[0]
     assert resolve(0.05, 0.05)[0] == 0.05
     assert resolve(100.0, 100.0)[0] == 100.0
-    for bad in (0.0, -0.5, 0.049, 100.5, float("nan"), float("inf")):
-        with pytest.raises(SlideError, match="--mpp"):
-            resolve(bad, bad)
+
+
+@pytest.mark.parametrize("bad", [0.0, -0.1, 0.049, 100.5, float("nan"), float("inf")])
+def test_an_absurd_mpp_of_either_axis_is_refused(bad: float) -> None:
+    """The mean with a good axis may look reasonable."""
+    for axes in ((bad, bad), (0.5, bad), (bad, 0.5), (bad, None), (None, bad)):
+        with pytest.raises(SlideError, match=r"states .* um/px \(src\), expected 0.05 to 100; .*--mpp"):
+            resolve(*axes)
+        mpp, source, notes = resolve(*axes, mpp=0.5)
+        assert (mpp, source) == (0.5, "--mpp")
+        assert "replaces the slide's own" in notes[0]
+
+
+def test_axes_that_differ_are_refused() -> None:
+    assert resolve(0.5, 0.525) == (pytest.approx(0.5125), "src", ())  # 5 % counts as the same
+    for axes in ((0.5, 0.526), (0.526, 0.5), (0.25, 0.5)):
+        with pytest.raises(SlideError, match=r"x and y resolutions differ \(0\.\d+ x 0\.\d+ um/px, src\).*--mpp"):
+            resolve(*axes)
+    assert resolve(0.25, 0.5, mpp=0.25) == (0.25, "--mpp", ("--mpp 0.25 replaces the slide's own 0.25 x 0.5 um/px",))
 
 
 def test_fingerprint_sees_both_ends_and_the_size(tmp_path: Path) -> None:
@@ -208,7 +223,7 @@ def test_without_permission(synth: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_without_openslide(synth: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openslide", None)
-    with pytest.raises(MissingDependencyError, match="pip install openslide-python openslide-bin"):
+    with pytest.raises(MachineError, match="pip install openslide-python openslide-bin"):
         open_slide(synth)
 
 

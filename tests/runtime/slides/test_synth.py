@@ -10,7 +10,7 @@ import pytest
 import tifffile
 
 from wsi_rt.runtime.config import SlideSettings
-from wsi_rt.runtime.errors import InputError, MissingDependencyError, SlideError
+from wsi_rt.runtime.errors import InputError, MachineError, SlideError
 from wsi_rt.runtime.slides import find_tissue, open_slide, plan_reads, select_tiles, write_synth_slide
 from wsi_rt.runtime.slides import synth as synth_module
 from wsi_rt.runtime.slides.stain import TissuePainter
@@ -105,7 +105,7 @@ def test_disk_full_is_an_environment_error(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(synth_module.PyramidWriter, "write_tile", no_space)
-    with pytest.raises(MissingDependencyError, match=r"no room to write .*s\.svs \(No space left.*free disk space"):
+    with pytest.raises(MachineError, match=r"no room to write .*s\.svs \(No space left.*free disk space"):
         write_synth_slide(tmp_path / "s.svs", width=300, height=300)
     assert list(tmp_path.iterdir()) == []
 
