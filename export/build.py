@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib.metadata
+import json
 import os
 import platform
 import shlex
@@ -110,10 +111,10 @@ def plan_build(request: BuildRequest) -> BuildPlan:
     backend(request.target)
     checkpoint = resolve(request.sources)
     available = tuple(checkpoint.parts)
-    wanted = request.components or tuple(checkpoint.parts)
-    missing = [n for n in wanted if n not in checkpoint.parts]
+    wanted = request.components or available
+    missing = [n for n in wanted if n not in available]
     if missing:
-        expected = ", ".join(checkpoint.parts)
+        expected = ", ".join(available)
         raise InputError(f"--components has {missing[0]!r}, expected some of: {expected} (what the checkpoint holds)")
     parts = {n: p for n, p in checkpoint.parts.items() if n in wanted}
     precision = {n: p for n, p in parse_precision(request.precision).items() if n in parts}
@@ -165,7 +166,7 @@ def build_engines(plan: BuildPlan, on_step: OnStep = lambda _: None) -> m.Manife
         stamp = {str(p.relative_to(work)): stamp_file(p) for p in paths}
         manifest = _manifest(plan, components, tokenizer, stamp)
         write_json(work / m.FILE_NAME, manifest.to_json())
-        write_stamp(work, {name: list(s) for name, s in stamp.items()})
+        write_stamp(work, stamp)
     return manifest
 
 
@@ -242,6 +243,4 @@ def _component_digest(name: str, files: Mapping[str, m.FileEntry]) -> str:
 
 
 def write_json(path: Path, data: Any) -> None:
-    import json
-
     path.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")

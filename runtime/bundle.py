@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from wsi_rt.runtime.llm.tokenizer import Tokenizer
 
 STAMP_NAME = ".stamp.json"  # path -> [size, mtime_ns, sha256] of files known to be intact
-Stamp = Mapping[str, list[int | str]]
+Stamp = Mapping[str, Sequence[int | str]]
 
 
 class Bundle:

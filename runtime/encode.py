@@ -61,7 +61,8 @@ def ignored_settings(kind: Kind, settings: SlideSettings) -> tuple[str, ...]:
 class Encoded:
     """What the encoders made of one input. `tokens` is None when only tile features were wanted;
     `features` is None when the input was a token file. `tiles`: grid, kept, failed, distinct_tokens.
-    `settings`: how the input was read. `file_attributes`: what an `.h5` input says of its slide, to be carried on."""
+    `settings`: how the input was read (Pipeline.encode records it). `file_attributes`: what an `.h5` input says of
+    its slide, to be carried on."""
 
     tokens: SlideTokens | None
     features: TileFeatures | None
@@ -109,7 +110,7 @@ def encode_tiles(
         made_by = Provenance("tile_encoder", encoder.manifest.weights, {"slide": reader.ref.provenance.digest})
         features = TileFeatures(x, grid, made_by)
         tiles = {"grid": grid.cells, "kept": len(grid), "failed": 0, "distinct_tokens": None}
-        return Encoded(None, features, tiles, reader.ref, _slide_notes(reader, mask), settings=settings)
+        return Encoded(None, features, tiles, reader.ref, _slide_notes(reader, mask))
 
 
 def _slide_notes(reader: SlideReader, mask: TissueMask) -> tuple[str, ...]:
@@ -128,7 +129,7 @@ def load_tiles(path: Path, settings: SlideSettings) -> Encoded:
         path, sort=not settings.keep_order, patch_size_level0=settings.patch_size_level0
     )
     tiles = {"grid": features.grid.cells, "kept": len(features.grid), "failed": 0, "distinct_tokens": None}
-    return Encoded(None, features, tiles, notes=features.notes, settings=settings, file_attributes=attributes)
+    return Encoded(None, features, tiles, notes=features.notes, file_attributes=attributes)
 
 
 def require_own(encoded: Encoded, components: Mapping[str, EngineManifest], where: str) -> None:

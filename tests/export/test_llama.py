@@ -75,25 +75,31 @@ def huggingface(c: LlamaConfig, source: WeightSource) -> transformers.LlamaForCa
     return model.eval()
 
 
+def generate(model: transformers.LlamaForCausalLM, embeds: np.ndarray, new: int) -> tuple[list[int], np.ndarray]:
+    """transformers' greedy tokens after `embeds` [T, hidden], and their logits [new, vocab]; EOS does not stop it."""
+    with torch.inference_mode():
+        out = model.generate(
+            inputs_embeds=torch.from_numpy(embeds)[None],
+            attention_mask=torch.ones(1, len(embeds), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=new,
+            eos_token_id=None,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+    tokens, logits = out.sequences[0, -new:].tolist(), torch.cat(out.logits).numpy()
+    assert len(tokens) == len(logits) == new
+    return tokens, logits
+
+
 @pytest.fixture(scope="module", params=CONFIGS)
 def case(request, tmp_path_factory: pytest.TempPathFactory, changed):
     c = CONFIGS[request.param]
     source = weights(c, changed)
     hf = huggingface(c, source)
     embeds = uniform(9, "prompt", PROMPT * c.hidden, -1, 1).reshape(PROMPT, c.hidden)
-    with torch.inference_mode():
-        out = hf.generate(
-            inputs_embeds=torch.from_numpy(embeds)[None],
-            attention_mask=torch.ones(1, PROMPT, dtype=torch.long),
-            do_sample=False,
-            max_new_tokens=NEW,
-            eos_token_id=None,
-            pad_token_id=0,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
-    tokens, logits = out.sequences[0, -NEW:].tolist(), torch.cat(out.logits).numpy()
-    assert len(tokens) == len(logits) == NEW
+    tokens, logits = generate(hf, embeds, NEW)
     work = tmp_path_factory.mktemp("llm")
     manifest = build_component("llm", Part(c, source), work, "ort-cpu", "fp32", 2, lambda _: None)
     graphs = {role: work / path for role, path in manifest.portable.items()}
@@ -255,18 +261,7 @@ def test_a_prompt_as_long_as_a_slides(tmp_path):
     c = LlamaConfig(hidden=512, layers=2, heads=4, kv_heads=2, head_width=128, ffn=256, vocab=512, context=1024)
     source, prompt, new = SyntheticSource(c, "test", 3), 640, 16
     embeds = uniform(9, "prompt", prompt * c.hidden, -1, 1).reshape(prompt, c.hidden)
-    with torch.inference_mode():
-        out = huggingface(c, source).generate(
-            inputs_embeds=torch.from_numpy(embeds)[None],
-            attention_mask=torch.ones(1, prompt, dtype=torch.long),
-            do_sample=False,
-            max_new_tokens=new,
-            eos_token_id=None,
-            pad_token_id=0,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
-    tokens, expected = out.sequences[0, -new:].tolist(), torch.cat(out.logits).numpy()
+    tokens, expected = generate(huggingface(c, source), embeds, new)
     manifest = build_component("llm", Part(c, source), tmp_path, "ort-cpu", "fp32", 2, lambda _: None)
     with backend("ort-cpu").open_decoder(tmp_path, manifest, 2) as decoder:
         kv = decoder.new_kv(prompt + new)

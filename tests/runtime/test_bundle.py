@@ -358,28 +358,27 @@ def test_a_bundle_that_is_gone(root):
         bundle.engine("projector")
 
 
+def swap_before(monkeypatch, owner, name: str, root: Path, template: Path) -> None:
+    """Put a copy of the bundle in place whenever `owner.name` is called, just before it runs."""
+    other, original = shutil.copytree(template, root.with_name("same")), getattr(owner, name)
+
+    def swap_then_call(argument):
+        put_in_place(other, root)
+        return original(argument)
+
+    monkeypatch.setattr(owner, name, swap_then_call)
+
+
 def test_a_swap_while_a_component_is_being_opened(root, template, monkeypatch):
     """After the first look and before the files are read: the mixture is thrown away."""
     bundle = Bundle.open(root)
-    other, component = shutil.copytree(template, root.with_name("same")), bundle.component
-
-    def swap_then_component(name: str):
-        put_in_place(other, root)
-        return component(name)
-
-    monkeypatch.setattr(bundle, "component", swap_then_component)
+    swap_before(monkeypatch, bundle, "component", root, template)
     with pytest.raises(EngineMismatchError, match="was replaced while open"):
         bundle.engine("projector")
 
 
 def test_a_swap_while_the_bundle_is_being_opened(root, template, monkeypatch):
-    other, read_stamp = shutil.copytree(template, root.with_name("same")), bundle_module._read_stamp
-
-    def swap_then_read(folder: Path):
-        put_in_place(other, root)
-        return read_stamp(folder)
-
-    monkeypatch.setattr(bundle_module, "_read_stamp", swap_then_read)
+    swap_before(monkeypatch, bundle_module, "_read_stamp", root, template)
     with pytest.raises(EngineMismatchError, match="was replaced while open"):
         Bundle.open(root)
 
