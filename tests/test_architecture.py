@@ -6,11 +6,12 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = ("kernels", "runtime", "export", "benchmarks")  # each may import itself and what stands left of it
-COMMAND_FILES = {"runtime/cli.py", "runtime/commands.py"}  # may reach up, lazily: the top of everything
+COMMANDS = ROOT / "runtime" / "commands"  # may reach up, lazily: the top of everything
 HEAVY = {"torch", "onnx", "transformers", "timm", "safetensors", "onnxscript"}
 MODULES = sorted(p for layer in LAYERS for p in (ROOT / layer).rglob("*.py"))
 NAMES = [str(p.relative_to(ROOT)) for p in MODULES]
@@ -74,7 +75,7 @@ def test_imports_point_down(path: Path) -> None:
     allowed = set(LAYERS[: LAYERS.index(layer) + 1])
     for module, eager in imports(path):
         target = layer_of(module)
-        lazily_up = name in COMMAND_FILES and not eager and target == "export"
+        lazily_up = path.parent == COMMANDS and not eager and target in LAYERS
         assert target is None or target in allowed or lazily_up, f"{name} imports {module}"
 
 
@@ -100,6 +101,16 @@ def test_modules_say_what_they_are_for(path: Path) -> None:
     if path.name == "__init__.py" and not text.strip():
         return
     assert ast.get_docstring(ast.parse(text))
+
+
+def test_every_command_module_is_in_the_table_and_answers_to_its_name() -> None:
+    from wsi_rt.runtime.cli import COMMANDS as TABLE
+    from wsi_rt.runtime.cli import cli
+
+    context = click.Context(cli)
+    assert {name: cli.get_command(context, name).name for name in TABLE} == {name: name for name in TABLE}
+    named = {place.partition(":")[0] for place in TABLE.values()}
+    assert named == {p.stem for p in COMMANDS.glob("*.py")} - {"__init__", "options"}
 
 
 def test_every_folder_is_a_package_and_the_root_is_none() -> None:

@@ -26,7 +26,7 @@ from wsi_rt.export import component, targets
 from wsi_rt.export.build import BuildRequest, build_engines, is_up_to_date, plan_build
 from wsi_rt.export.sources.checkpoint import Sources
 from wsi_rt.runtime.bundle import Bundle
-from wsi_rt.runtime.cli import build_engines as build_command
+from wsi_rt.runtime.commands.build import build_engines as build_command
 from wsi_rt.runtime.engines import registry
 from wsi_rt.runtime.errors import EngineMismatchError, InputError, MachineError
 from wsi_rt.runtime.manifest import COMPONENTS, load_manifest
@@ -345,12 +345,14 @@ def test_an_interrupted_build_leaves_nothing(tmp_path, number):
 
 @pytest.mark.slow
 def test_a_killed_build_never_harms_the_old_bundle(tmp_path):
-    """SIGKILL of the real command at stages of its work and at random moments; then a build that is left alone."""
+    """SIGKILL of the real command, thirty times, at every stage of its work and at random moments: what is there opens
+    and is right each time. Then a build that is left alone."""
     out = tmp_path / "bundle"
     assert start_build(out, 0).wait() == 0
     rng = random.Random(0)
-    moments = ["projector", "projector/ort-cpu", "projector/check.npz", "manifest.json", None, None]
-    for seed, what in enumerate(moments, start=1):
+    stages = ["projector", "projector/weights.data", "projector/ort-cpu", "projector/probe.onnx", "projector/check.npz"]
+    moments: list[str | None] = [*stages, "manifest.json", ".stamp.json", None, None, None]
+    for seed, what in enumerate(3 * moments, start=1):
         process = start_build(out, seed)
         if what is None:
             time.sleep(rng.uniform(0.1, 4))

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 
@@ -254,6 +255,11 @@ def test_usage(refused: Run, export_extra: None, here: Path, nano_bundle: Path, 
     refused(2, "unexpected extra argument", "ask", tokens_file, "Is", "it?", "--engines", nano_bundle)
     refused(2, "no engine bundle there; build one", "ask", tokens_file, QUESTION, "--engines", "nowhere")
     refused(2, "a folder without manifest.json", "inspect", here)
+
+
+@pytest.mark.skipif(not hasattr(click, "NoSuchCommand"), reason="this click proposes no commands")
+def test_a_misspelt_command_is_told_the_nearest(refused: Run) -> None:
+    refused(2, "No such command 'build-engine'. Did you mean 'build-engines'?; see wsi-rt --help", "build-engine")
 
 
 def test_synth_slide_flags(refused: Run, here: Path) -> None:

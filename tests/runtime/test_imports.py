@@ -67,6 +67,15 @@ def test_help_imports_no_numbers() -> None:
     assert not modules & {*BUILDERS, "numpy", "onnxruntime", "h5py", "PIL", "openslide", "tokenizers", "tqdm"}
 
 
+def test_a_command_imports_its_own_module_only() -> None:
+    _, modules = seconds_and_modules(
+        "import contextlib, io\nfrom wsi_rt.runtime.cli import run\n"
+        "with contextlib.redirect_stdout(io.StringIO()):\n    assert run(['doctor', '--help']) == 0"
+    )
+    commands = {m.rpartition(".")[2] for m in modules if m.startswith("wsi_rt.runtime.commands.")}
+    assert commands == {"doctor", "options"}
+
+
 def test_unknown_names_of_the_package_are_refused() -> None:
     import wsi_rt.runtime
 

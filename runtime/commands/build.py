@@ -1,0 +1,82 @@
+"""`wsi-rt build-engines`: a checkpoint becomes an engine bundle, where the export extra is installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from wsi_rt.runtime.commands.options import THREADS
+from wsi_rt.runtime.errors import InputError, MachineError
+from wsi_rt.runtime.progress import Progress
+
+
+@click.command("build-engines")
+@click.option("--checkpoint", metavar="SRC", help="synthetic:<preset>?seed=N, or a folder with the three below.")
+@click.option("--tile-encoder", metavar="P", help="timm folder (config.json + safetensors).")
+@click.option("--slide-encoder", metavar="P", help="LongNet safetensors, file or folder.")
+@click.option("--llava", metavar="P", help="LLaVA folder: merged, or projector only with --llava-base.")
+@click.option("--llava-base", metavar="P", help="Language model folder that --llava's projector belongs to.")
+@click.option("--tokenizer", metavar="P", help="tokenizer.model or tokenizer.json (default: from --llava).")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Bundle folder to write.")
+@click.option("--target", default="ort-cpu", show_default=True, help="What to compile for.")
+@click.option("--precision", metavar="SPEC", help="fp32, or component=precision,...")
+@click.option("--components", metavar="LIST", help="Comma-separated subset of the checkpoint's components.")
+@click.option("--dry-run", is_flag=True, help="Check everything and say what would be built.")
+@click.option("--force", is_flag=True, help="Replace another build in --out.")
+@THREADS
+def build_engines(
+    out: Path,
+    components: str | None,
+    dry_run: bool,
+    target: str,
+    precision: str | None,
+    force: bool,
+    threads: int | None,
+    **sources: str | None,
+) -> None:
+    """Compile a checkpoint into an engine bundle."""
+    names = _component_names(components)
+    try:
+        from wsi_rt.export import build
+        from wsi_rt.export.sources.checkpoint import Sources
+    except ImportError as e:
+        raise MachineError(
+            f"building engines needs {e.name or e}: pip install '.[export]' in a checkout of wsi-rt"
+        ) from e
+    request = build.BuildRequest(Sources(**sources), out, target, precision, names, force, threads)
+    plan = build.plan_build(request)
+    if build.is_up_to_date(plan):
+        click.echo(f"{out}: up to date", err=True)
+        return
+    if dry_run:
+        build.check_place(plan)
+        click.echo(_describe(plan))
+        return
+    with Progress() as progress:
+        manifest = build.build_engines(plan, lambda step: progress.step(f"build: {step}", plan.steps()))
+    size = sum(f.size for f in manifest.files.values())
+    click.echo(f"{out}: {', '.join(manifest.components)} for {target}, {size / 1e6:.0f} MB", err=True)
+
+
+def _component_names(components: str | None) -> tuple[str, ...]:
+    """--components as names; none when it was not given."""
+    names = tuple(n.strip() for n in components.split(",") if n.strip()) if components is not None else ()
+    if components is not None and not names:
+        raise InputError(f"--components is {components!r}, expected a comma-separated list of components")
+    return names
+
+
+def _describe(plan: Any) -> str:
+    from wsi_rt.export.arch import parameter_count
+
+    lines = [f"would build {plan.request.out} for {plan.request.target} from {plan.checkpoint.label}"]
+    for name, part in plan.checkpoint.parts.items():
+        params, tensors = parameter_count(part.config), len(part.config.tensors())
+        ignored = f", {part.ignored} tensors left out" if part.ignored else ""
+        lines.append(
+            f"  {name:14}{plan.precision[name]:6}{params / 1e6:10.2f} M parameters in {tensors} tensors{ignored}"
+        )
+    lines.append(f"  about {plan.estimated_bytes / 1e6:.0f} MB on disk; nothing was written")
+    return "\n".join(lines)
