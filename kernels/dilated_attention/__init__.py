@@ -1,4 +1,4 @@
-"""Dilated attention over one slide: several (segment length, ratio) branches merged by one softmax."""
+"""Dilated attention over slides: several (segment length, ratio) branches merged by one softmax."""
 
 from __future__ import annotations
 
@@ -12,23 +12,34 @@ if TYPE_CHECKING:
 
 
 def dilated_attention(
-    q: Tensor, k: Tensor, v: Tensor, segment_lengths: Sequence[int], dilated_ratios: Sequence[int]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segment_lengths: Sequence[int],
+    dilated_ratios: Sequence[int],
+    *,
+    cu_seqlens: Tensor | None = None,
+    precision: str = "ieee",
 ) -> Tensor:
-    """q, k, v: [L, H, D] of one dtype and device -> [L, H, D] fp32, computed in fp32.
+    """q, k, v: [T, H, D] of one dtype (fp16, bf16, fp32) and device -> [T, H, D] of that dtype, computed in fp32.
 
-    Raises KernelInputError on shapes, dtypes, devices or branch lists that do not fit. Source: SPEC 3, LongNet.
+    One slide, or several whose tokens follow one another: `cu_seqlens` [S + 1] int32 or int64, from 0 to T, then each
+    slide attends within itself, to the same bits as alone. Its values are read on the host: keep it on the CPU.
+
+    On CUDA (Triton, sm_80 or newer) any strides are taken with D contiguous, such as the views q, k, v of a projection
+    [T, 3, H, D], and D is one of 8, 16, 24, 32, 48, 64, 96, 128; the output is the only allocation beside tables of
+    about 20 bytes per 50 (token, head). `precision` says there how fp32 is multiplied: "ieee", exactly, or "tf32", on
+    the tensor cores at 10 bits. On the CPU it is plain torch, any D.
+
+    Raises KernelInputError on shapes, dtypes, devices, strides or branch lists that do not fit. Traces and exports as
+    `torch.ops.wsi_rt.dilated_attention` (importing `library` registers it). Source: SPEC 3, LongNet (arXiv 2307.02486).
     """
-    from wsi_rt.kernels.dilated_attention.reference import dilated_attention_reference
-
     check_branches(segment_lengths, dilated_ratios)
-    shapes = [tuple(x.shape) for x in (q, k, v)]
-    if len(set(shapes)) != 1 or len(shapes[0]) != 3 or 0 in shapes[0]:
-        raise KernelInputError(f"q, k, v are {shapes}, expected three equal shapes [L >= 1, H, D]")
-    if len({x.device for x in (q, k, v)}) != 1:
-        raise KernelInputError(f"q, k, v are on {[str(x.device) for x in (q, k, v)]}, expected one device")
-    if len({x.dtype for x in (q, k, v)}) != 1 or not q.dtype.is_floating_point:
-        raise KernelInputError(f"q, k, v are {[x.dtype for x in (q, k, v)]}, expected one floating-point dtype")
-    return dilated_attention_reference(q, k, v, segment_lengths, dilated_ratios)
+    check_inputs(q, k, v, cu_seqlens, precision)
+
+    from wsi_rt.kernels.dilated_attention.library import dilated_attention_op
+
+    return dilated_attention_op(q, k, v, list(segment_lengths), list(dilated_ratios), cu_seqlens, precision)
 
 
 def check_branches(segment_lengths: Sequence[int], dilated_ratios: Sequence[int]) -> None:
@@ -41,3 +52,21 @@ def check_branches(segment_lengths: Sequence[int], dilated_ratios: Sequence[int]
         raise KernelInputError(
             f"segment lengths {list(segment_lengths)}, ratios {list(dilated_ratios)}: expected positive integers"
         )
+
+
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, precision: str) -> None:
+    """Raises KernelInputError unless the tensors fit each other; reads no values."""
+    from wsi_rt.kernels.checks import check_cu_seqlens, check_floats
+    from wsi_rt.kernels.dilated_attention.configs import PRECISIONS
+
+    shapes = [tuple(x.shape) for x in (q, k, v)]
+    # == and not a set: sizes are symbolic, and not hashable, under torch.export
+    if q.ndim != 3 or shapes[0] != shapes[1] or shapes[0] != shapes[2] or 0 in shapes[0]:
+        raise KernelInputError(f"q, k, v are {shapes}, expected three equal shapes [L >= 1, H, D]")
+    check_floats("dilated_attention", {"q": q, "k": k, "v": v})
+    if not q.dtype == k.dtype == v.dtype:
+        raise KernelInputError(f"q, k, v are {[x.dtype for x in (q, k, v)]}, expected one dtype")
+    if precision not in PRECISIONS:
+        raise KernelInputError(f"precision {precision!r}, expected one of {', '.join(PRECISIONS)}")
+    if cu_seqlens is not None:
+        check_cu_seqlens("dilated_attention", cu_seqlens)
