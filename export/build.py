@@ -15,9 +15,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from wsi_rt.export.arch import LlamaConfig, config_json, parameter_count
+from wsi_rt.export.arch import LlamaConfig, config_json
 from wsi_rt.export.component import build_component
-from wsi_rt.export.precision import parse_precision
+from wsi_rt.export.precision import parse_precision, weight_bytes
 from wsi_rt.export.sources.checkpoint import Checkpoint, Sources, resolve
 from wsi_rt.export.sources.weights import Part
 from wsi_rt.export.staging import staged_directory
@@ -77,9 +77,9 @@ class BuildPlan:
 
     @property
     def estimated_bytes(self) -> int:
-        """Portable and lowered weights, fp32; the language model's two graphs share one file."""
-        copies = {"llm": 1}
-        return sum(4 * copies.get(n, 2) * parameter_count(p.config) for n, p in self.checkpoint.parts.items())
+        """Portable and lowered weights; the language model's two graphs share one file."""
+        parts = self.checkpoint.parts.items()
+        return sum((1 if n == "llm" else 2) * weight_bytes(p.config, self.precision[n]) for n, p in parts)
 
     def to_json(self) -> dict[str, Any]:
         """What decides the bundle's contents; equal plans give equal bundles."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,16 +10,22 @@ from typing import Any
 from onnx import TensorProto, helper
 from onnx import load as load_onnx
 
-from wsi_rt.export.arch import ComponentConfig, LlamaConfig, LongNetConfig, ProjectorConfig, ViTConfig, config_json
-from wsi_rt.export.graphs import llama, projector, slide_encoder, tile_encoder
+from wsi_rt.export.arch import ComponentConfig, config_json
 from wsi_rt.export.graphs.builder import WeightFile, check_model
-from wsi_rt.export.parity import check_inputs, reference_outputs, run_portable, write_check
-from wsi_rt.export.sources.weights import Part, WeightSource
-from wsi_rt.export.targets import Lowered, Portable, lowering
+from wsi_rt.export.graphs.layers import Style
+from wsi_rt.export.graphs.linears import DequantisedLinears
+from wsi_rt.export.graphs.write import DECODER, MODEL, Component, write_graphs
+from wsi_rt.export.parity import Arrays, check_inputs, reference_outputs, run_portable, run_probe, write_check
+from wsi_rt.export.precision import format_of, formats
+from wsi_rt.export.sources.rounded import Rounded, with_head
+from wsi_rt.export.sources.weights import Part
+from wsi_rt.export.targets import Lowered, lowering
 from wsi_rt.kernels.slide_embed import GRID
 from wsi_rt.runtime.hashing import sha256_json
 from wsi_rt.runtime.manifest import Compiled, EngineManifest, TensorSpec
-from wsi_rt.runtime.parity import GATES, check_component, compare, require
+from wsi_rt.runtime.parity import GATES, check_component, compare, load_check, require, require_layers
+
+CHECK = "check.npz"  # stored inputs and reference outputs, in the component's folder
 
 # Symbolic dimension -> (min, opt, max): what an engine accepts, and what a compiler may tune for.
 PROFILES: dict[str, dict[str, tuple[int, int, int]]] = {
@@ -35,80 +41,98 @@ def build_component(
 ) -> EngineManifest:
     """Writes `work/<name>/` and returns its manifest (digest left to the caller, who hashes the files).
 
-    Raises ParityError when the portable or the lowered graph is off.
+    Raises ParityError when the portable or the lowered graph is off, naming the first layer that is.
     """
-    folder = work / name
-    folder.mkdir()
     on_step("export")
-    graphs = _write_portable(part.config, part.source, folder)
-    lowered = _lower(graphs, folder, target, threads)
-    for path in graphs.graphs.values():
+    component = open_component(part, work / name, precision)
+    graphs = write_graphs(component, work / name, Style(DequantisedLinears(component.format_of)))
+    lowered = lower(component, target, threads)
+    for path in graphs.values():
         check_model(path)
-    on_step("fp32 reference")
+    on_step("fp32 reference, layer by layer")
     inputs = check_inputs(part.config)
-    expected = reference_outputs(part.config, part.source, inputs, threads)
-    write_check(folder / "check.npz", inputs, expected)
+    layers, rounding = hold_against_reference(component, lowered.probe, precision, inputs, threads)
     on_step("parity of the portable graph")
-    portable = compare(run_portable(part.config, graphs.graphs, inputs, threads), expected)
+    _, expected = load_check(work / name / CHECK)
+    portable = compare(run_portable(part.config, graphs, inputs, threads), expected)
     require(name, "portable graph", portable, GATES["fp32"])
-    compiled = _compiled(lowered, work, precision)
-    manifest = replace(_describe(name, graphs, work), portable_parity=portable.to_json(), targets={target: compiled})
+    compiled = compiled_entry(lowered, work, part.config, precision)
+    manifest = replace(
+        describe(component, graphs, work),
+        portable_parity=portable.to_json(),
+        rounding=rounding,
+        targets={target: compiled},
+    )
     on_step(f"parity of the {target} engine")
     engine = check_component(work, target, manifest, threads)
-    gate = GATES[precision]
-    require(name, f"{target} engine", engine, gate)
-    parity = {"engine": engine.to_json(), "gate": vars(gate)}
+    require(name, f"{target} engine", engine, GATES[precision])
+    parity = {"engine": engine.to_json(), "gate": vars(GATES[precision]), "layers": layers}
     return replace(manifest, targets={target: replace(compiled, parity=parity)})
 
 
-def _write_portable(c: ComponentConfig, source: WeightSource, folder: Path) -> Portable:
-    if isinstance(c, LlamaConfig):
-        weights = WeightFile(folder / "weights.data")
-        graphs = {role: folder / f"{role}.onnx" for role in ("embed", "decoder")}
-        llama.build_embed(c, source, weights, graphs["embed"])
-        llama.LlamaGraph(c, source, weights).build(graphs["decoder"])
-        return Portable(c, source, graphs, weights)
-    graphs = {"model": folder / "model.onnx"}
-    if isinstance(c, ViTConfig):
-        tile_encoder.build(c, source, graphs["model"])
-    elif isinstance(c, LongNetConfig):
-        slide_encoder.build(c, source, graphs["model"])
-    elif isinstance(c, ProjectorConfig):
-        projector.build(c, source, graphs["model"])
-    return Portable(c, source, graphs)
+def hold_against_reference(
+    component: Component, probe: Path, precision: str, inputs: Arrays, threads: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Writes the stored check, and removes the probe. -> what the manifest records of the layers, and of the weights'
+    rounding: the worst tensor, and how far the outputs move by it."""
+    config, source = component.config, component.source
+    trajectory = run_probe(config, probe, inputs, threads)
+    probe.unlink()
+    stored = Rounded(source, component.format_of)
+    reference = reference_outputs(config, stored, inputs, threads, trajectory)
+    layers = require_layers(config.component, reference.layers, GATES[precision])
+    write_check(component.weights.path.with_name(CHECK), inputs, reference.outputs)
+    if not stored.errors:
+        return layers, {}
+    worst = max(stored.errors, key=lambda n: stored.errors[n])
+    whole = reference_outputs(config, source, inputs, threads).outputs
+    rounding = {"worst": worst, "error": float(f"{stored.errors[worst]:.6g}")}
+    return layers, rounding | {"outputs": compare(reference.outputs, whole).to_json()}
 
 
-def _lower(portable: Portable, folder: Path, target: str, threads: int = 0) -> Lowered:
-    (folder / target).mkdir()
-    return lowering(target)(portable, folder / target, threads)
+def open_component(part: Part, folder: Path, precision: str) -> Component:
+    """Its folder, made here, and the empty weight file that its graphs will share."""
+    folder.mkdir()
+    name = part.config.component
+    source = with_head(part.config, part.source)
+    return Component(part.config, source, WeightFile(folder / "weights.data"), format_of(name, precision))
 
 
-def _compiled(lowered: Lowered, work: Path, precision: str) -> Compiled:
+def lower(component: Component, target: str, threads: int = 0) -> Lowered:
+    folder = component.weights.path.parent / target
+    folder.mkdir()
+    return lowering(target)(component, folder, threads)
+
+
+def compiled_entry(lowered: Lowered, work: Path, config: ComponentConfig, precision: str) -> Compiled:
     """Its parity is not known yet."""
     return Compiled(
         graphs={role: str(p.relative_to(work)) for role, p in lowered.graphs.items()},
         weights_dir=str(lowered.weights_dir.relative_to(work)),
         precision=precision,
+        formats=formats(config, precision),
         parity={},
         requires=lowered.requires,
     )
 
 
-def _describe(name: str, portable: Portable, work: Path) -> EngineManifest:
-    """What does not depend on a target."""
-    main = portable.graphs.get("model") or portable.graphs["decoder"]
+def describe(component: Component, graphs: Mapping[str, Path], work: Path) -> EngineManifest:
+    """What does not depend on a target. graphs: the portable ones by role."""
+    name, config = component.config.component, config_json(component.config)
+    main = graphs.get(MODEL) or graphs[DECODER]
     graph = load_onnx(str(main), load_external_data=False).graph
     return EngineManifest(
         name=name,
-        config=config_json(portable.config),
+        config=config,
         inputs=tuple(_spec(v) for v in graph.input),
         outputs=tuple(_spec(v) for v in graph.output),
         profile=PROFILES[name],
-        portable={role: str(p.relative_to(work)) for role, p in portable.graphs.items()},
+        portable={role: str(p.relative_to(work)) for role, p in graphs.items()},
         portable_parity={},
-        check=f"{name}/check.npz",
+        rounding={},
+        check=f"{name}/{CHECK}",
         targets={},
-        weights=sha256_json({"source": portable.source.digest(), "config": config_json(portable.config)}),
+        weights=sha256_json({"source": component.source.digest(), "config": config}),
         digest="",
     )
 

@@ -1,9 +1,10 @@
-"""Stored inputs, fp32 torch outputs, and the portable graphs run on them."""
+"""Stored inputs, fp32 torch outputs, and graphs run on them: whole, and layer by layer."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_rt.export.arch import ComponentConfig, LlamaConfig, LongNetConfig, ProjectorConfig, ViTConfig
-from wsi_rt.export.models import reference_model
+from wsi_rt.export.models import layer_names, reference_model
 from wsi_rt.export.sources.synthetic import uniform
 from wsi_rt.export.sources.weights import WeightSource
 from wsi_rt.runtime.engines.ort import open_session
+from wsi_rt.runtime.errors import ParityError
 from wsi_rt.runtime.parity import INPUT, OUTPUT
 from wsi_rt.runtime.types import TILE_PX
 
@@ -42,25 +44,86 @@ def check_inputs(c: ComponentConfig) -> Arrays:
     return {"embeds": uniform(0, "check.embeds", length * c.hidden, -1, 1).reshape(length, -1), "token_ids": ids}
 
 
-def reference_outputs(c: ComponentConfig, source: WeightSource, inputs: Arrays, threads: int = 0) -> Arrays:
-    """What the fp32 torch module answers. threads 0: torch's default."""
+@dataclass(frozen=True)
+class Reference:
+    """What the fp32 module answers. layers: how far each layer of a trajectory was off, by name (LayerCheck)."""
+
+    outputs: Arrays
+    layers: Mapping[str, float]
+
+
+def reference_outputs(
+    c: ComponentConfig,
+    source: WeightSource,
+    inputs: Arrays,
+    threads: int = 0,
+    trajectory: Sequence[NDArray[np.float32]] = (),
+) -> Reference:
+    """One pass through the fp32 torch module, a layer's weights in memory at a time. threads 0: torch's default.
+
+    trajectory: what went into an engine's first layer and came out of each, on these inputs. Every layer is then also
+    run on the engine's own values, so that an error shows in the layer that makes it.
+    """
     import torch
 
     if threads:
         torch.set_num_threads(threads)
-
     module: Any = reference_model(c, source)  # called, indexed: nn.Module's attributes are untyped
+    check = LayerCheck(c, module, trajectory) if trajectory else None
     tensors = {name: torch.from_numpy(x) for name, x in inputs.items()}
     with torch.inference_mode():
         if isinstance(c, LlamaConfig):
-            new = module.get_input_embeddings()(tensors["token_ids"])
-            embeds = torch.cat([tensors["embeds"], new])
-            logits = module(inputs_embeds=embeds[None]).logits[0, len(inputs["embeds"]) - 1 :]
-            return {"logits": logits.numpy()}
-        out = module(*tensors.values())
-    if isinstance(c, LongNetConfig):
-        return {name: x.numpy() for name, x in out.items() if name != "encoder_out"}
-    return {"embeds" if isinstance(c, ProjectorConfig) else "features": out.numpy()}
+            out = module(inputs_embeds=_all_embeds(module, tensors)[None], use_cache=False).logits
+            outputs = {"logits": out[0, len(inputs["embeds"]) - 1 :]}
+        elif isinstance(c, LongNetConfig):
+            outputs = {name: x for name, x in module(*tensors.values()).items() if name != "encoder_out"}
+        else:
+            outputs = {"embeds" if isinstance(c, ProjectorConfig) else "features": module(*tensors.values())}
+    return Reference({name: x.numpy() for name, x in outputs.items()}, check.errors if check else {})
+
+
+def _all_embeds(module: Any, tensors: Mapping[str, Any]) -> Any:
+    """The prompt's and the answer's embeddings as one sequence [T + S, hidden]."""
+    import torch
+
+    return torch.cat([tensors["embeds"], module.get_input_embeddings()(tensors["token_ids"])])
+
+
+class LayerCheck:
+    """Holds an engine's layers against the reference's while that runs. An error is the norm of what the engine's
+    layer added to its input minus what the reference adds to the same input, over the latter; `embed` compares the
+    first layer's input itself. A layer left out has an error of 1."""
+
+    def __init__(self, c: ComponentConfig, module: Any, trajectory: Sequence[NDArray[np.float32]]) -> None:
+        names = layer_names(c)
+        if len(trajectory) != len(names) + 1:
+            raise ParityError(
+                f"{c.component}: the engine has {len(trajectory) - 1} layers, its checkpoint {len(names)}; "
+                "nothing was installed"
+            )
+        self.errors: dict[str, float] = {}
+        self._trajectory = trajectory
+        for i, name in enumerate(names):
+            module.get_submodule(name).register_forward_hook(self._hook(i, name), prepend=True, with_kwargs=True)
+
+    def _hook(self, i: int, name: str) -> Callable[..., None]:
+        import torch
+
+        def compare(layer: Any, args: Any, kwargs: Any, _: Any) -> None:
+            before, after = (torch.from_numpy(x) for x in self._trajectory[i : i + 2])
+            if i == 0:
+                self.errors["embed"] = _relative(before, args[0].reshape(before.shape), args[0])
+            x = before.reshape(args[0].shape)
+            expected = layer.forward(x, *args[1:], **kwargs)
+            self.errors[name] = _relative(after.reshape(expected.shape), expected, expected - x)
+
+        return compare
+
+
+def _relative(actual: Any, expected: Any, size: Any) -> float:
+    """|actual - expected| / |size|; infinite where it is not a number."""
+    error = float((actual - expected).norm() / size.norm().clamp(min=1e-30))
+    return error if math.isfinite(error) else math.inf
 
 
 def write_check(path: Path, inputs: Arrays, outputs: Arrays) -> None:
@@ -94,3 +157,18 @@ def run_portable_llama(
         logits.append(first[0])
         past = dict(zip(past, present, strict=True))
     return np.stack(logits)
+
+
+def run_probe(c: ComponentConfig, path: Path, inputs: Arrays, threads: int = 0) -> list[NDArray[np.float32]]:
+    """What goes into the first layer of a target's graph, and comes out of each. threads 0: onnxruntime's default."""
+    session = open_session(path, path.parent, threads)
+    names = [o.name for o in session.get_outputs() if o.name.startswith("probe.")]
+    if not isinstance(c, LlamaConfig):
+        return session.run(names, inputs)
+    embed = open_session(path.with_name("embed.onnx"), path.parent, threads)
+    embeds = np.concatenate([inputs["embeds"], embed.run(["embeds"], {"input_ids": inputs["token_ids"]})[0]])
+    past = np.zeros((1, c.kv_heads, len(embeds), c.head_width), np.float32)
+    feeds = {f"past.{i}.{part}": past for i in range(c.layers) for part in ("key", "value")}
+    feeds["seqlens_k"] = np.array([len(embeds) - 1], np.int32)
+    feeds["total_sequence_length"] = np.array(len(embeds), np.int32)
+    return session.run(names, {"inputs_embeds": embeds[None], **feeds})

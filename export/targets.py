@@ -6,51 +6,50 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from wsi_rt.export.arch import ComponentConfig, LlamaConfig
-from wsi_rt.export.graphs import llama
-from wsi_rt.export.graphs.builder import WeightFile
+from wsi_rt.export.arch import LlamaConfig
+from wsi_rt.export.graphs.layers import Style
+from wsi_rt.export.graphs.linears import MatMulNBits
+from wsi_rt.export.graphs.write import MODEL, Component, write_graphs, write_main
 from wsi_rt.export.lowering import lower_ort_cpu
-from wsi_rt.export.sources.weights import WeightSource
 from wsi_rt.runtime.engines.registry import TARGETS
 from wsi_rt.runtime.errors import InputError
 
 
 @dataclass(frozen=True)
-class Portable:
-    """A component's standard ONNX graphs by role; `weights`: the file that the language model's graphs share."""
-
-    config: ComponentConfig
-    source: WeightSource
-    graphs: Mapping[str, Path]
-    weights: WeightFile | None = None
-
-
-@dataclass(frozen=True)
 class Lowered:
-    """A target's graphs by role, the folder that their weights are relative to, and what the machine must have."""
+    """A target's graphs by role, the folder that their weights are relative to, and what the machine must have.
+
+    probe: a graph that computes as the target does and gives what goes into the first layer and comes out of each,
+    beside the component's weight file; the build removes it.
+    """
 
     graphs: Mapping[str, Path]
     weights_dir: Path
     requires: Mapping[str, str]
+    probe: Path
 
 
-# (portable graphs, the target's own empty folder, threads or 0) -> what was written there
-Lowering = Callable[[Portable, Path, int], Lowered]
+# (component, the target's own empty folder, threads or 0) -> what was written there
+Lowering = Callable[[Component, Path, int], Lowered]
 
 
-def _ort_cpu(portable: Portable, folder: Path, threads: int) -> Lowered:
+def _ort_cpu(component: Component, folder: Path, threads: int) -> Lowered:
+    """The language model is written lowered, since its KV handling differs; the others are onnxruntime's own
+    optimisation of the same graph with the target's Linear layers."""
     requires = {"isa": platform.machine()}
-    graphs = {role: folder / f"{role}.onnx" for role in portable.graphs}
-    c = portable.config
-    if isinstance(c, LlamaConfig) and portable.weights:
-        llama.build_embed(c, portable.source, portable.weights, graphs["embed"])
-        llama.OrtCpuLlamaGraph(c, portable.source, portable.weights).build(graphs["decoder"])
-        return Lowered(graphs, portable.weights.path.parent, requires)
-    lower_ort_cpu(portable.graphs["model"], graphs["model"], threads)
-    return Lowered(graphs, folder, requires)
+    style = Style(MatMulNBits(component.format_of), fused=True)
+    shared = component.weights.path.parent
+    probe, source = shared / "probe.onnx", shared / "to-lower.onnx"
+    write_main(component, probe, replace(style, probe=True))
+    if isinstance(component.config, LlamaConfig):
+        return Lowered(write_graphs(component, folder, style), shared, requires, probe)
+    write_main(component, source, style)
+    lower_ort_cpu(source, folder / "model.onnx", threads)
+    source.unlink()
+    return Lowered({MODEL: folder / "model.onnx"}, folder, requires, probe)
 
 
 LOWERINGS: dict[str, Lowering] = {"ort-cpu": _ort_cpu}

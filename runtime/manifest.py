@@ -13,7 +13,7 @@ from typing import Any
 from wsi_rt.runtime.errors import EngineMismatchError, InputError
 from wsi_rt.runtime.hashing import sha256_json
 
-SCHEMA = 1
+SCHEMA = 2
 FILE_NAME = "manifest.json"
 COMPONENTS = ("tile_encoder", "slide_encoder", "projector", "llm")
 
@@ -32,13 +32,15 @@ class Compiled:
     """A component as one target runs it.
 
     graphs: role ("model", or "embed" and "decoder") -> file, relative to the bundle. weights_dir: folder that
-    their external weights are relative to. parity: how far the "engine" was from the reference, and the "gate".
+    their external weights are relative to. formats: how quantised Linear layers are stored (bits, block, symmetric)
+    and how many. parity: how far the "engine" was from the reference, the worst of its "layers", and the "gate".
     requires: what the machine must have, such as {"isa": "x86_64"}.
     """
 
     graphs: Mapping[str, str]
     weights_dir: str
     precision: str
+    formats: Mapping[str, Mapping[str, Any]]
     parity: Mapping[str, Any]
     requires: Mapping[str, str]
 
@@ -47,7 +49,9 @@ class Compiled:
 class EngineManifest:
     """One component of a bundle: what it computes, its portable graph, and what each target made of it.
 
-    portable: graph role -> file, relative to the bundle; portable_parity: how far that was from the reference.
+    portable: graph role -> file, relative to the bundle; portable_parity: how far that was from the reference, which
+    has the weights as the bundle stores them. rounding: how far those are from the checkpoint's (the worst tensor, and
+    the outputs).
     profile: symbolic dimension -> (min, opt, max). check: stored input and fp32 reference output.
     targets: by target name. weights: identity of checkpoint and configuration, equal for every build of them
     whatever the toolchain or precision; features and tokens name it. digest: of all its files.
@@ -60,6 +64,7 @@ class EngineManifest:
     profile: Mapping[str, tuple[int, int, int]]
     portable: Mapping[str, str]
     portable_parity: Mapping[str, float]
+    rounding: Mapping[str, Any]
     check: str
     targets: Mapping[str, Compiled]
     weights: str

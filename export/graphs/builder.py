@@ -16,7 +16,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-OPSET = 20  # Gelu and LayerNormalization are standard operators here
+OPSET = 21  # DequantizeLinear in blocks and 4-bit integers; Gelu since 20
 IR_VERSION = 10
 ORT_DOMAIN = "com.microsoft"
 OUR_DOMAIN = "wsi_rt"
@@ -91,12 +91,22 @@ class GraphBuilder:
         self._outputs.append(helper.make_tensor_value_info(name, dtype, dims))
         return name
 
-    def weight(self, name: str, make: Callable[[], NDArray[Any]]) -> str:
-        """An initializer in the external data file; `make` loads it unless the file holds one of that name."""
+    def weight(
+        self, name: str, make: Callable[[], NDArray[Any]], seen_as: tuple[int, Sequence[int]] | None = None
+    ) -> str:
+        """An initializer in the external data file; `make` loads it unless the file holds one of that name.
+        seen_as: ONNX type and dims that this graph reads the same bytes as."""
         if self._weights is None:
             raise ValueError("a function body holds no weights")
         if name not in self._initializers:
-            self._initializers[name] = self._weights.add(name, make)
+            tensor = self._weights.add(name, make)
+            if seen_as is not None:
+                stored, tensor = tensor, TensorProto()
+                tensor.CopyFrom(stored)
+                tensor.data_type, dims = seen_as
+                del tensor.dims[:]
+                tensor.dims.extend(dims)
+            self._initializers[name] = tensor
         return name
 
     def constant(self, value: Any, dtype: Any = np.int64, name: str | None = None) -> str:

@@ -2,34 +2,50 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import numpy as np
 from onnx import TensorProto
 
-from wsi_rt.export.graphs.builder import GraphBuilder, WeightFile
+from wsi_rt.export.graphs.builder import Dims, GraphBuilder, WeightFile
+from wsi_rt.export.graphs.linears import Linears, PlainLinears
 from wsi_rt.export.sources.weights import WeightSource
 
 FLOAT = TensorProto.FLOAT
 
 
+@dataclass(frozen=True)
+class Style:
+    """How a graph is written, whatever it computes. fused: with onnxruntime's own operators where they pay. probe: it
+    also gives `probe.0`, the input of the first layer, and after each layer `probe.1`, ..., so that a reference can be
+    held against it layer by layer."""
+
+    linears: Linears = field(default_factory=PlainLinears)
+    fused: bool = False
+    probe: bool = False
+
+
 class Graph:
-    """What every component's graph is built with: a builder and the checkpoint it draws tensors from.
+    """What every component's graph is built with: a builder, the checkpoint it draws tensors from, and a style."""
 
-    Every Linear of a component goes through `make_linear`, so a subclass that overrides it stores them another way.
-    """
-
-    def __init__(self, name: str, source: WeightSource, weights: WeightFile) -> None:
-        self.b, self.source = GraphBuilder(name, weights), source
+    def __init__(self, name: str, source: WeightSource, weights: WeightFile, style: Style) -> None:
+        self.b, self.source, self.style = GraphBuilder(name, weights), source, style
+        self._probes = 0
 
     def tensor(self, name: str) -> str:
         """A tensor of the checkpoint under its own name."""
         return self.b.weight(name, lambda: self.source.get(name))
 
     def make_linear(self, x: str, name: str, bias: bool = False) -> str:
-        """x [..., in] -> [..., out]; the weight is stored transposed, as MatMul wants it."""
+        """x [..., in] -> [..., out]."""
         with self.b.scope(name.rsplit(".", 1)[-1]):
-            weight = self.b.weight(f"{name}.weight.T", lambda: self.source.get(f"{name}.weight").T)
-            y = self.b.op("MatMul", [x, weight])
-            return self.b.op("Add", [y, self.tensor(f"{name}.bias")]) if bias else y
+            return self.style.linears.make(self, x, name, bias)
+
+    def layer_boundary(self, x: str, dims: Dims) -> None:
+        """`x` goes into the first layer, or came out of the next one."""
+        if self.style.probe:
+            self.b.output(x, f"probe.{self._probes}", FLOAT, dims)
+            self._probes += 1
 
     def make_layer_norm(self, x: str, name: str, eps: float) -> str:
         with self.b.scope(name.rsplit(".", 1)[-1]):

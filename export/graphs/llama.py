@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from wsi_rt.export.arch import LlamaConfig
+from wsi_rt.export.arch import EMBED_TOKENS, LlamaConfig
 from wsi_rt.export.graphs.builder import ORT_DOMAIN, GraphBuilder, WeightFile
-from wsi_rt.export.graphs.layers import FLOAT, Graph, activation, attention, reshape
+from wsi_rt.export.graphs.layers import FLOAT, Graph, Style, activation, attention, reshape
+from wsi_rt.export.sources.rounded import with_head
 from wsi_rt.export.sources.weights import WeightSource
 
 
@@ -24,9 +25,14 @@ def build_embed(c: LlamaConfig, source: WeightSource, weights: WeightFile, path:
     """`input_ids` i64 [tokens] -> `embeds` f32 [tokens, hidden]."""
     b = GraphBuilder("embed", weights)
     ids = b.input("input_ids", TensorProto.INT64, ["tokens"])
-    table = b.weight("model.embed_tokens.weight", lambda: source.get("model.embed_tokens.weight"))
+    table = b.weight(f"{EMBED_TOKENS}.weight", lambda: source.get(f"{EMBED_TOKENS}.weight"))
     b.output(b.op("Gather", [table, ids], axis=0), "embeds", FLOAT, ["tokens", c.hidden])
     b.save(path)
+
+
+def build_decoder(c: LlamaConfig, source: WeightSource, weights: WeightFile, path: Path, style: Style) -> None:
+    """Writes `path`: LlamaGraph, or OrtCpuLlamaGraph in the fused style."""
+    (OrtCpuLlamaGraph if style.fused else LlamaGraph)(c, source, weights, style).build(path)
 
 
 def rope_tables(c: LlamaConfig) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -47,8 +53,8 @@ class LlamaGraph(Graph):
     `present.{i}.key`, `present.{i}.value` [batch, kv_heads, total, head_width].
     """
 
-    def __init__(self, c: LlamaConfig, source: WeightSource, weights: WeightFile) -> None:
-        super().__init__("decoder", source, weights)
+    def __init__(self, c: LlamaConfig, source: WeightSource, weights: WeightFile, style: Style) -> None:
+        super().__init__("decoder", with_head(c, source), weights, style)
         self.c = c
         self.shared: dict[str, str] = {}
 
@@ -56,14 +62,20 @@ class LlamaGraph(Graph):
         b, c = self.b, self.c
         x = b.input("inputs_embeds", FLOAT, ["batch", "tokens", c.hidden])
         self.make_shared(x)
+        self.layer_boundary(x, ["batch", "tokens", c.hidden])
         for i in range(c.layers):
             with b.scope(f"layers.{i}"):
                 x = self.make_layer(x, i)
+            self.layer_boundary(x, ["batch", "tokens", c.hidden])
         with b.scope("head"):
             last = b.op("Slice", [x, b.constant([-1]), b.constant([2**62]), b.constant([1])])
             last = self.make_norm(b.op("Squeeze", [last, b.constant([1])]), "model.norm")
-            name = "model.embed_tokens" if c.tied_embeddings else "lm_head"
-            b.output(self.make_linear(last, name), "logits", FLOAT, ["batch", c.vocab])
+            b.output(
+                self.make_linear(last, EMBED_TOKENS if c.tied_embeddings else "lm_head"),
+                "logits",
+                FLOAT,
+                ["batch", c.vocab],
+            )
         b.save(path)
 
     def make_layer(self, x: str, i: int) -> str:

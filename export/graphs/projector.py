@@ -6,13 +6,13 @@ from pathlib import Path
 
 from wsi_rt.export.arch import ProjectorConfig
 from wsi_rt.export.graphs.builder import WeightFile
-from wsi_rt.export.graphs.layers import FLOAT, Graph, activation
+from wsi_rt.export.graphs.layers import FLOAT, Graph, Style, activation
 from wsi_rt.export.sources.weights import WeightSource
 
 
-def build(c: ProjectorConfig, source: WeightSource, path: Path) -> None:
-    """Writes `path` and its weights; `tokens` f32 [tokens, widths[0]] -> `embeds` f32 [tokens, widths[-1]]."""
-    graph = Graph("projector", source, WeightFile(path.with_name("weights.data")))
+def build(c: ProjectorConfig, source: WeightSource, weights: WeightFile, path: Path, style: Style) -> None:
+    """Writes `path`; `tokens` f32 [tokens, widths[0]] -> `embeds` f32 [tokens, widths[-1]]."""
+    graph = Graph("projector", source, weights, style)
     b = graph.b
     x = b.input("tokens", FLOAT, ["tokens", c.widths[0]])
     for i, name in enumerate(c.linear_names()):

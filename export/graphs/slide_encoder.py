@@ -12,20 +12,27 @@ from onnx import TensorProto
 from wsi_rt.export.arch import LongNetConfig
 from wsi_rt.export.graphs.builder import GraphBuilder, WeightFile
 from wsi_rt.export.graphs.dilated_attention import dilated_attention
-from wsi_rt.export.graphs.layers import FLOAT, Graph, activation, reshape
+from wsi_rt.export.graphs.layers import FLOAT, Graph, Style, activation, reshape
 from wsi_rt.export.sources.weights import WeightSource
 from wsi_rt.kernels.slide_embed import GRID
 
 
-def build(c: LongNetConfig, source: WeightSource, path: Path, *, expose_encoder_out: bool = False) -> None:
-    """Writes `path` and its weights.
+def build(
+    c: LongNetConfig,
+    source: WeightSource,
+    weights: WeightFile,
+    path: Path,
+    style: Style,
+    *,
+    expose_encoder_out: bool = False,
+) -> None:
+    """Writes `path`.
 
     Inputs `features` f32 [tiles, in_width], `positions` i64 [tiles, 2] (col, row, each 0..999).
     Outputs `tokens` f32 [576, padded] and, when the norm is as wide as C, `cls` and `mean` f32 [C];
     `encoder_out` f32 [tiles + 1, C] on request.
     """
-    weights = WeightFile(path.with_name("weights.data"))
-    SlideEncoderGraph(c, source, weights).build(path, expose_encoder_out)
+    SlideEncoderGraph(c, source, weights, style).build(path, expose_encoder_out)
 
 
 def axis_table(width: int) -> NDArray[np.float32]:
@@ -39,8 +46,8 @@ def axis_table(width: int) -> NDArray[np.float32]:
 
 
 class SlideEncoderGraph(Graph):
-    def __init__(self, c: LongNetConfig, source: WeightSource, weights: WeightFile) -> None:
-        super().__init__("slide_encoder", source, weights)
+    def __init__(self, c: LongNetConfig, source: WeightSource, weights: WeightFile, style: Style) -> None:
+        super().__init__("slide_encoder", source, weights, style)
         self.c = c
 
     def build(self, path: Path, expose_encoder_out: bool) -> None:
@@ -48,9 +55,11 @@ class SlideEncoderGraph(Graph):
         features = b.input("features", FLOAT, ["tiles", c.in_width])
         positions = b.input("positions", TensorProto.INT64, ["tiles", 2])
         x = self._embed(features, positions)
+        self.layer_boundary(x, ["tokens", c.width])
         for i in range(c.depth):
             with b.scope(f"layers.{i}"):
                 x = self._layer(x, f"encoder.layers.{i}")
+            self.layer_boundary(x, ["tokens", c.width])
         x = self.make_layer_norm(x, "encoder.layer_norm", c.eps)
         self._heads(x)
         if expose_encoder_out:

@@ -9,19 +9,19 @@ from onnx import TensorProto
 
 from wsi_rt.export.arch import ViTConfig
 from wsi_rt.export.graphs.builder import WeightFile
-from wsi_rt.export.graphs.layers import FLOAT, Graph, activation, attention, reshape
+from wsi_rt.export.graphs.layers import FLOAT, Graph, Style, activation, attention, reshape
 from wsi_rt.export.sources.weights import WeightSource
 from wsi_rt.runtime.types import TILE_PX
 
 
-def build(c: ViTConfig, source: WeightSource, path: Path) -> None:
-    """Writes `path` and its weights; input `tiles` u8 [batch, 256, 256, 3], output `features` f32 [batch, C]."""
-    TileEncoderGraph(c, source, WeightFile(path.with_name("weights.data"))).build(path)
+def build(c: ViTConfig, source: WeightSource, weights: WeightFile, path: Path, style: Style) -> None:
+    """Writes `path`; input `tiles` u8 [batch, 256, 256, 3], output `features` f32 [batch, C]."""
+    TileEncoderGraph(c, source, weights, style).build(path)
 
 
 class TileEncoderGraph(Graph):
-    def __init__(self, c: ViTConfig, source: WeightSource, weights: WeightFile) -> None:
-        super().__init__("tile_encoder", source, weights)
+    def __init__(self, c: ViTConfig, source: WeightSource, weights: WeightFile, style: Style) -> None:
+        super().__init__("tile_encoder", source, weights, style)
         self.c = c
 
     def build(self, path: Path) -> None:
@@ -30,9 +30,12 @@ class TileEncoderGraph(Graph):
         x = self._embed(self._preprocess(tiles))
         if c.pre_norm:
             x = self.make_layer_norm(x, "norm_pre", c.norm_eps)
+        tokens: list[int | str] = ["batch", c.prefix_tokens + c.grid**2, c.width]
+        self.layer_boundary(x, tokens)
         for i in range(c.depth):
             with b.scope(f"blocks.{i}"):
                 x = self._block(x, f"blocks.{i}")
+            self.layer_boundary(x, tokens)
         if not c.fc_norm:
             x = self.make_layer_norm(x, "norm", c.norm_eps)
         with b.scope("pool"):

@@ -42,7 +42,7 @@ class Checkpoint:
 @dataclass(frozen=True)
 class Sources:
     """The command line's words. `checkpoint` is `synthetic:<preset>?seed=N` or a folder that holds
-    `tile_encoder/`, `slide_encoder/` and `llava/`."""
+    `tile_encoder/`, `slide_encoder/` and `llava/` (and `llava_base/` where `llava/` is an adapter or a projector)."""
 
     checkpoint: str | None = None
     tile_encoder: str | None = None
@@ -77,8 +77,11 @@ def resolve(sources: Sources) -> Checkpoint:
             raise CheckpointError(f"--llava-base {sources.llava_base} goes with projector weights, not {sources.llava}")
     elif sources.llava:
         base = Path(sources.llava_base) if sources.llava_base else None
-        parts |= load_llava(Path(sources.llava), base)
-        tokenizer = tokenizer or base or Path(sources.llava)
+        llava = load_llava(Path(sources.llava), base)
+        parts |= llava.parts
+        tokenizer = tokenizer or llava.tokenizer
+    elif sources.llava_base:
+        raise CheckpointError(f"--llava-base {sources.llava_base} needs --llava, the adapter or projector over it")
     if not parts:
         raise CheckpointError("no checkpoint given: --checkpoint SRC, or --tile-encoder, --slide-encoder, --llava")
     parts = _fit(parts)
@@ -97,9 +100,12 @@ def _expand(sources: Sources) -> Sources:
     else:
         root = Path(word)
         found = {n: str(root / n) for n in ("tile_encoder", "slide_encoder", "llava") if (root / n).exists()}
+        if "llava" in found and not sources.llava and (root / "llava_base").exists():
+            found["llava_base"] = str(root / "llava_base")  # of that llava/, not of one given by a flag
         if not found:
             raise CheckpointError(
-                f"{word}: expected synthetic:<preset>?seed=N, or a folder with tile_encoder/, slide_encoder/, llava/; "
+                f"{word}: expected synthetic:<preset>?seed=N, or a folder with tile_encoder/, slide_encoder/, llava/ "
+                "(and llava_base/); "
                 "name other layouts with --tile-encoder, --slide-encoder, --llava"
             )
     given = {k: v for k, v in vars(sources).items() if v is not None and k != "checkpoint"}

@@ -1,100 +1,191 @@
-"""Weights in `.safetensors` files, and the JSON beside them."""
+"""Weights in files, whatever their format and however many, and the JSON beside them.
+
+A folder is searched in transformers' order: `model.safetensors`, its index with shards, and only then
+`pytorch_model.bin` and its index. Where both formats lie in a folder the `.bin` files are not looked at.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, Protocol
 
 from wsi_rt.export.arch import Shapes
-from wsi_rt.export.sources.weights import F32, WeightSource
-from wsi_rt.runtime.errors import CheckpointError, MachineError
+from wsi_rt.export.sources.safetensors_file import SafetensorsFile
+from wsi_rt.export.sources.torch_file import TorchFile
+from wsi_rt.export.sources.weights import F32, WeightSource, few, require_finite
+from wsi_rt.runtime.errors import CheckpointError
 from wsi_rt.runtime.hashing import sha256_file
 
+_TORCH = (".bin", ".pth", ".pt")
+_FAMILIES = (("model", (".safetensors",)), ("pytorch_model", _TORCH))  # the first that lies in a folder is read
+_FLOATS = ("torch.float16", "torch.bfloat16", "torch.float32", "torch.float64")
+_LFS = b"version https://git-lfs"
+_TRAINING = ("optimizer", "rng_state", "scaler", "scheduler", "training_args")  # beside weights, and no weights
 
-class SafetensorsSource(WeightSource):
-    """One `.safetensors` file, or the shards named by a `*.safetensors.index.json` of a directory."""
 
-    def __init__(self, files: Iterable[Path], label: str) -> None:
+class TensorFile(Protocol):
+    """One open file; `tensor` gives a torch tensor in the file's dtype, `release` frees what is held meanwhile."""
+
+    path: Path
+    shapes: Shapes
+
+    def tensor(self, name: str) -> Any: ...
+
+    def release(self) -> None: ...
+
+
+class FileSource(WeightSource):
+    """The tensors of one file, or of the shards of one checkpoint. fp16, bf16 and fp64 are given as fp32.
+
+    `placed` is an index's word on which file holds which tensor; it must be right.
+    """
+
+    def __init__(self, files: list[Path], label: str, placed: Mapping[str, str] | None = None) -> None:
         self.label = label
-        self._files = tuple(files)
-        self._where: dict[str, Path] = {}
-        self._shapes: Shapes = {}
+        self._files = [_open_file(path) for path in files]
+        self._where: dict[str, TensorFile] = {}
+        self._last: TensorFile | None = None
         self._digest: str | None = None
-        for path in self._files:
-            for name, shape in _safetensors_shapes(path):
+        for file in self._files:
+            for name in file.shapes:
                 if name in self._where:
-                    raise CheckpointError(f"{path}: tensor {name} stands in {self._where[name].name} too")
-                self._where[name], self._shapes[name] = path, shape
-
-    @classmethod
-    def open(cls, path: Path) -> SafetensorsSource:
-        """A file, or a directory holding `model.safetensors`, an index with its shards, or exactly one file."""
-        if path.is_file():
-            return cls([path], str(path))
-        if not path.is_dir():
+                    raise CheckpointError(f"{file.path}: tensor {name} stands in {self._where[name].path.name} too")
+                self._where[name] = file
+        astray = [n for n, f in (placed or {}).items() if n not in self._where or self._where[n].path.name != f]
+        if placed and astray:
             raise CheckpointError(
-                f"{path}: no such file or directory, expected a .safetensors file or a folder of them"
+                f"{label}: its index puts {astray[0]} into {placed[astray[0]]}, which lacks it ({len(astray)} tensors "
+                "are not where it says); download the index and the shards again"
             )
-        indices = sorted(path.glob("*.safetensors.index.json"))
-        if indices:
-            return cls(_shards(indices[0]), str(path))
-        files = sorted(path.glob("*.safetensors"))
-        if (path / "model.safetensors") in files:
-            files = [path / "model.safetensors"]
-        if len(files) != 1:
-            raise CheckpointError(
-                f"{path}: {len(files)} .safetensors files, expected model.safetensors, one file, or an index of shards"
-            )
-        return cls(files, str(path))
+        if any(getattr(file, "legacy", False) for file in self._files):
+            self.label += " (a format from before PyTorch 1.6: one whole file in memory at a time)"
 
     def shapes(self) -> Shapes:
-        return dict(self._shapes)
+        return {name: file.shapes[name] for name, file in self._where.items()}
 
     def get(self, name: str) -> F32:
-        if name not in self._where:
+        file = self._where.get(name)
+        if file is None:
             raise CheckpointError(f"{self.label}: no tensor named {name}")
-        with _open_safetensors(self._where[name]) as f:
-            return np.ascontiguousarray(f.get_tensor(name).float().numpy())
+        if self._last not in (None, file):
+            self._last.release()  # type: ignore[union-attr]
+        self._last = file
+        tensor = file.tensor(name)
+        if str(tensor.dtype) not in _FLOATS:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{file.path}: tensor {name} is {kind}, expected fp32, fp16, bf16 or fp64 (quantised checkpoints are "
+                "not read); give the unquantised one"
+            )
+        return require_finite(tensor.float().contiguous().numpy(), name, str(file.path))
 
     def digest(self) -> str:
         if self._digest is None:  # two components may share the files: 13 GB are not read twice
-            self._digest = hashlib.sha256("".join(map(sha256_file, self._files)).encode()).hexdigest()
+            digests = (sha256_file(file.path) for file in self._files)
+            self._digest = hashlib.sha256("".join(digests).encode()).hexdigest()
         return self._digest
 
 
-def _shards(index: Path) -> list[Path]:
+def open_weights(path: Path, prefer: str | None = None) -> FileSource:
+    """A file of weights, or a folder of them; `prefer` is the stem of the file to take before any other.
+
+    Raises CheckpointError: nothing there, more than one choice, or files that are damaged, incomplete or no weights.
+    """
+    if path.is_file():
+        return FileSource([path], str(path))
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such file or directory, expected a file of weights or a folder of them")
+    for suffix in (".safetensors", *_TORCH):
+        if prefer and (path / f"{prefer}{suffix}").is_file():
+            return FileSource([path / f"{prefer}{suffix}"], str(path))
+    for stem, suffixes in _FAMILIES:
+        found = _in_folder(path, stem, suffixes)
+        if found:
+            return found
+    raise CheckpointError(
+        f"{path}: no weights, expected model.safetensors, pytorch_model.bin, one file of either kind, or an index of "
+        "shards"
+    )
+
+
+def _in_folder(folder: Path, stem: str, suffixes: tuple[str, ...]) -> FileSource | None:
+    """The one checkpoint of this format, or None."""
+    first = suffixes[0]
+    if (folder / (stem + first)).is_file():
+        return FileSource([folder / (stem + first)], str(folder))
+    indices = sorted(folder.glob(f"*{first}.index.json"))
+    if (folder / f"{stem}{first}.index.json") in indices:
+        indices = [folder / f"{stem}{first}.index.json"]
+    if len(indices) > 1:
+        raise CheckpointError(f"{folder}: {few([p.name for p in indices])}: several indices of shards, expected one")
+    if indices:
+        placed = _placement(indices[0])
+        return FileSource(_shards(indices[0], placed), str(folder), placed)
+    files = [p for p in sorted(folder.iterdir()) if p.suffix in suffixes and p.is_file()]
+    files = [p for p in files if not p.name.startswith(_TRAINING)]
+    if len(files) > 1:
+        raise CheckpointError(
+            f"{folder}: {len(files)} {first} files ({few([p.name for p in files])}), expected {stem}{first}, one file, "
+            "or an index of shards; name the file itself"
+        )
+    return FileSource(files, str(folder)) if files else None
+
+
+def _open_file(path: Path) -> TensorFile:
+    refuse_pointer(path)
+    if path.suffix == ".safetensors":
+        return SafetensorsFile(path)
+    if path.suffix in _TORCH:
+        return TorchFile(path)
+    raise CheckpointError(f"{path}: not known as a file of weights, expected .safetensors, {', '.join(_TORCH)}")
+
+
+def refuse_pointer(path: Path) -> None:
+    """CheckpointError for what a clone without Git LFS leaves in place of a large file: 130 bytes of text."""
     try:
-        names = sorted({str(n) for n in json.loads(index.read_text())["weight_map"].values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        with path.open("rb") as f:
+            start = f.read(len(_LFS))
+    except OSError as e:
+        raise CheckpointError(f"{path}: not readable ({e.strerror}); check its permissions") from e
+    if start == _LFS:
+        raise CheckpointError(
+            f"{path}: a Git LFS pointer, expected the file itself; fetch it with `git lfs pull` in its repository"
+        )
+
+
+def _placement(index: Path) -> dict[str, str]:
+    """Tensor -> shard's file name."""
+    refuse_pointer(index)
+    try:
+        weight_map = json.loads(index.read_text(), object_pairs_hook=_once)["weight_map"]
+        return {str(tensor): str(file) for tensor, file in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise CheckpointError(f"{index}: not a shard index ({e}), expected a JSON object with `weight_map`") from e
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, refused when it names a tensor twice: json would silently keep the last."""
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)} is listed twice")
+    return out
+
+
+def _shards(index: Path, placed: Mapping[str, str]) -> list[Path]:
+    names = sorted(set(placed.values()))
+    outside = [n for n in names if Path(n).name != n]
+    if outside:
+        raise CheckpointError(f"{index}: shard {outside[0]!r} is no file beside it; download the index again")
     missing = [n for n in names if not (index.parent / n).is_file()]
     if missing:
         raise CheckpointError(
             f"{index}: shard {missing[0]} is missing ({len(missing)} of {len(names)}); download it again"
         )
     return [index.parent / n for n in names]
-
-
-def _open_safetensors(path: Path) -> Any:
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as e:
-        raise MachineError(f"reading {path} needs safetensors: pip install '.[export]' in a checkout of wsi-rt") from e
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as e:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({e}); download it again") from e
-
-
-def _safetensors_shapes(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    with _open_safetensors(path) as f:
-        for name in f.keys():  # noqa: SIM118 (not a dict)
-            yield name, tuple(f.get_slice(name).get_shape())
 
 
 def read_json_object(path: Path, optional: bool = False) -> dict[str, Any]:
@@ -108,7 +199,9 @@ def read_json_object(path: Path, optional: bool = False) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise CheckpointError(f"{path}: not readable ({e.strerror}), expected the checkpoint's configuration") from e
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
+        if path.read_bytes().startswith(_LFS):
+            refuse_pointer(path)
         raise CheckpointError(f"{path}: corrupt ({e}), expected JSON; download it again") from e
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: a JSON {type(data).__name__}, expected an object; download it again")

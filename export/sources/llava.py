@@ -3,44 +3,98 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from wsi_rt.export.arch import LlamaConfig, ProjectorConfig
+from wsi_rt.export.sources.adapter import FILE_NAME as ADAPTER_CONFIG
+from wsi_rt.export.sources.adapter import read_adapter_config
 from wsi_rt.export.sources.fields import Fields
-from wsi_rt.export.sources.files import SafetensorsSource, read_json_object
+from wsi_rt.export.sources.files import FileSource, open_weights, read_json_object, refuse_pointer
+from wsi_rt.export.sources.lora import LoraSource
 from wsi_rt.export.sources.weights import Overlay, Part, Renamed, WeightSource
 from wsi_rt.runtime.errors import CheckpointError
 
 
-def load_llava(path: Path, base: Path | None) -> dict[str, Part]:
-    """A merged LLaVA directory, or projector weights over a base directory (SPEC 6 a, c)."""
+@dataclass(frozen=True)
+class Llava:
+    """Projector and language model, and the folder whose tokenizer is theirs."""
+
+    parts: Mapping[str, Part]
+    tokenizer: Path
+
+
+def load_llava(path: Path, base: Path | None) -> Llava:
+    """A merged LLaVA directory, a LoRA adapter over a base, or projector weights over a base (SPEC 6 a, b, c)."""
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder, expected a LLaVA checkpoint")
-    if path.is_dir() and (path / "adapter_config.json").is_file():
-        raise CheckpointError(
-            f"{path}: a LoRA adapter, which this version does not merge; merge it into its base first"
-        )
-    source: WeightSource = _llava_weights(path)
-    if base is not None:
-        source = Overlay(source, _llava_weights(base))
-    data = read_json_object((base or path) / "config.json")
-    config = llama_config(data, str(base or path))
+    if path.is_dir() and (path / ADAPTER_CONFIG).is_file():
+        source, base = _adapted(path, base)
+        # The adapter's own config.json tells what was trained (LLaVA saves it); peft alone saves none.
+        config_folder = path if (path / "config.json").is_file() else base
+    else:
+        source = open_weights(path)
+        source = Overlay(source, _base_weights(base)) if base is not None else source
+        config_folder = base or path
+    data = read_json_object(config_folder / "config.json")
+    config = llama_config(data, str(config_folder))
     projector, llm = Renamed(source, _projector_name), Renamed(source, _llm_name)
     identity = data.get("mm_projector_type") == "identity" and not projector.shapes()
     widths = ProjectorConfig((config.hidden,)) if identity else projector_config(projector)
     ignored = len(source.shapes()) - len(projector.shapes()) - len(llm.shapes())
-    return {"projector": Part(widths, projector), "llm": Part(config, llm, ignored)}
+    parts = {"projector": Part(widths, projector), "llm": Part(config, llm, ignored)}
+    return Llava(parts, _tokenizer(path, base))
 
 
-def _llava_weights(path: Path) -> WeightSource:
-    try:
-        return SafetensorsSource.open(path)
-    except CheckpointError as e:
-        if path.is_dir() and any(path.glob("*.bin")):
-            raise CheckpointError(f"{path}: holds .bin weights; this version reads .safetensors only") from e
-        raise
+def _adapted(path: Path, base: Path | None) -> tuple[WeightSource, Path]:
+    """The adapter's folder merged into its base, and that base."""
+    config = read_adapter_config(path)
+    base = base or config.local_base(path)
+    if base is None:
+        raise CheckpointError(
+            f"{path}: a LoRA adapter over {config.base!r}, which is no folder here; name the base's folder with "
+            "--llava-base"
+        )
+    beneath = _base_weights(base)
+    extra = _one_of(path, "non_lora_trainables")
+    if extra is not None:  # what was trained whole: the projector
+        trained = FileSource([extra], str(extra))
+        beneath = Overlay(Renamed(trained, _non_lora_names(trained)), beneath)
+    adapter = _one_of(path, "adapter_model")
+    if adapter is None:
+        raise CheckpointError(f"{path}: no adapter_model.safetensors or adapter_model.bin beside {ADAPTER_CONFIG}")
+    return LoraSource(FileSource([adapter], str(adapter)), beneath, config), base
+
+
+def _base_weights(base: Path) -> WeightSource:
+    if (base / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(f"{base}: is a LoRA adapter itself, expected a whole language model as --llava-base")
+    return open_weights(base)
+
+
+def _one_of(folder: Path, stem: str) -> Path | None:
+    """safetensors before .bin, as peft and transformers choose."""
+    return next((p for s in (".safetensors", ".bin") if (p := folder / f"{stem}{s}").is_file()), None)
+
+
+def _non_lora_names(source: WeightSource) -> Callable[[str], str]:
+    """LLaVA's own rule: strip `base_model.`, then, where any name has it doubled, one `model.`."""
+    bare = [n.removeprefix("base_model.") for n in source.shapes()]
+    prefix = "model." if any(n.startswith("model.model.") for n in bare) else ""
+    return lambda name: name.removeprefix("base_model.").removeprefix(prefix)
+
+
+def _tokenizer(path: Path, base: Path | None) -> Path:
+    """The first of the two that has one; where none has, the one that should."""
+    folders = [folder for folder in (path, base) if folder is not None and folder.is_dir()]
+    files = [folder / name for folder in folders for name in ("tokenizer.model", "tokenizer.json")]
+    found = next((file for file in files if file.is_file()), None)
+    if found is None:
+        return base or path
+    refuse_pointer(found)
+    return found.parent
 
 
 def _projector_name(name: str) -> str | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from wsi_rt.export.arch import LongNetConfig, Shapes
 from wsi_rt.export.sources.fields import Fields
-from wsi_rt.export.sources.files import SafetensorsSource, read_json_object
+from wsi_rt.export.sources.files import open_weights, read_json_object
 from wsi_rt.export.sources.weights import Part
 from wsi_rt.kernels.dilated_attention import check_branches
 from wsi_rt.kernels.errors import KernelInputError
@@ -36,7 +36,7 @@ _KNOWN = ("heads", *_SEGMENTS, *_RATIOS, *_LAYER_EPS, *_POOL_EPS, *_SLIDE, *_SIZ
 def load_slide_encoder(path: Path) -> Part:
     """A file or folder of LongNet weights. Sizes come from the weights; heads, segments, ratios and epsilons from
     the `config.json` beside them, if any. Raises CheckpointError when they do not fit."""
-    source = SafetensorsSource.open(path)
+    source = open_weights(path, prefer="slide_encoder")
     config_path = (path if path.is_dir() else path.parent) / "config.json"
     data = read_json_object(config_path, optional=True)
     if "pretrained_cfg" in data:  # Prov-GigaPath's repository holds both encoders; its config.json is the tile one's

@@ -31,4 +31,16 @@ NANO = Preset(
     llm=LlamaConfig(hidden=256, layers=4, heads=8, kv_heads=8, head_width=32, ffn=688, vocab=2048, context=4096),
 )
 
-PRESETS = {"nano": NANO}
+# The published sizes (SPEC 2 to 5): ViT-g 1.13 B, LongNet 12 x 768, Vicuna-7B.
+WSI_LLAVA_7B = Preset(
+    tile_encoder=ViTConfig(
+        width=1536, depth=40, heads=24, mlp_hidden=4096, mlp="swiglu_packed", act="silu", layer_scale=True
+    ),
+    slide_encoder=LongNetConfig(in_width=1536),
+    projector=ProjectorConfig(widths=(1024, 4096, 4096)),
+    llm=LlamaConfig(
+        hidden=4096, layers=32, heads=32, kv_heads=32, head_width=128, ffn=11008, vocab=32000, context=4096
+    ),
+)
+
+PRESETS = {"nano": NANO, "wsi-llava-7b": WSI_LLAVA_7B}

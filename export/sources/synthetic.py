@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -133,11 +134,14 @@ class SyntheticSource(WeightSource):
         return hashlib.sha256(f"wsi-rt synthetic 1|{self._seed}|{self._id}".encode()).hexdigest()
 
 
-def content_digest(sources: list[WeightSource]) -> str:
-    """SHA-256 over every tensor's name, shape and bytes, in name order."""
+def content_digest(sources: list[WeightSource], depth: int | None = None) -> str:
+    """SHA-256 over every tensor's name, shape and bytes, in name order; `depth`: of the first so many layers only."""
     h = hashlib.sha256()
     for source in sources:
         for name, shape in sorted(source.shapes().items()):
+            layer = re.search(r"(?:blocks|layers)\.(\d+)\.", name)
+            if depth is not None and layer and int(layer[1]) >= depth:
+                continue
             h.update(f"{name}{list(shape)}".encode())
             h.update(source.get(name).astype("<f4").tobytes())
     return h.hexdigest()

@@ -1,4 +1,4 @@
-"""A timm directory (config.json + safetensors) -> ViTConfig and fitting weights (SPEC 2)."""
+"""A timm directory (config.json + weights) -> ViTConfig and fitting weights (SPEC 2)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from wsi_rt.export.arch import IMAGENET_MEAN, IMAGENET_STD, Shapes, ViTConfig
 from wsi_rt.export.sources.fields import Fields
-from wsi_rt.export.sources.files import SafetensorsSource, read_json_object
+from wsi_rt.export.sources.files import open_weights, read_json_object
 from wsi_rt.export.sources.weights import F32, Part, Renamed, WeightSource
 from wsi_rt.runtime.errors import CheckpointError, MachineError
 from wsi_rt.runtime.types import TILE_PX
@@ -55,7 +55,7 @@ def load_timm_directory(path: Path) -> Part:
             f"{path}: {name} takes {config.image_px} px, tiles are {TILE_PX} px; set model_args.img_size to 224 "
             "(positions are resampled as timm does)"
         )
-    stored = SafetensorsSource.open(path)
+    stored = open_weights(path)
     weights = Renamed(stored, lambda n: None if n.startswith("head.") else n)
     config = _fit_mlp(config, weights.shapes())
     return Part(config, _Resampled(weights, config), ignored=len(stored.shapes()) - len(weights.shapes()))

@@ -17,7 +17,10 @@ F32 = NDArray[np.float32]
 
 
 class WeightSource(ABC):
-    """Tensors by name, loaded on request. `label` is how messages name the source."""
+    """Tensors by name, loaded on request. `label` is how messages name the source.
+
+    A source never makes up a tensor: what it does not hold, it refuses.
+    """
 
     label: str
 
@@ -27,7 +30,8 @@ class WeightSource(ABC):
 
     @abstractmethod
     def get(self, name: str) -> F32:
-        """The tensor as contiguous fp32; raises CheckpointError when there is none of that name."""
+        """The tensor as contiguous fp32; raises CheckpointError when there is none of that name, or when it holds
+        values that are not finite."""
 
     @abstractmethod
     def digest(self) -> str:
@@ -99,10 +103,25 @@ def check_tensors(source: WeightSource, expected: Shapes, component: str) -> Non
             [f"{n} {list(shapes[n])}, expected {list(s)}" for n, s in expected.items() if shapes.get(n, s) != s],
         ),
     ]
-    told = [f"{len(names)} {kind} ({_few(names)})" for kind, names in problems if names]
+    told = [f"{len(names)} {kind} ({few(names)})" for kind, names in problems if names]
     if told:
         raise CheckpointError(f"{source.label}: {component} has {len(expected)} tensors, but {'; '.join(told)}")
 
 
-def _few(names: list[str], most: int = 4) -> str:
+def require_finite(x: F32, name: str, label: str) -> F32:
+    """`x` itself. A damaged file or an overflow shows as NaN or infinity: CheckpointError with the tensor's name and
+    how many values are not finite."""
+    with np.errstate(all="ignore"):
+        suspicious = not np.isfinite(x.sum())  # one pass at memory speed; NaN and infinity survive any sum
+    bad = x.size - int(np.count_nonzero(np.isfinite(x))) if suspicious else 0
+    if bad:
+        raise CheckpointError(
+            f"{label}: {bad} of the {x.size} values of {name} are not finite (NaN or infinity), expected numbers; "
+            "the file is damaged: download it again"
+        )
+    return x
+
+
+def few(names: list[str], most: int = 4) -> str:
+    """The first of a list of names, for a message."""
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

@@ -121,29 +121,10 @@ class CheckpointFolder:
         return self
 
     def write_tile(self, **model_args: Any) -> None:
-        c = self.preset.tile_encoder
-        args = {
-            "img_size": 224,
-            "in_chans": 3,
-            "patch_size": 16,
-            "embed_dim": c.width,
-            "depth": c.depth,
-            "num_heads": c.heads,
-            "init_values": 1e-5,
-            "mlp_ratio": 2 * c.mlp_hidden / c.width,
-            "num_classes": 0,
-        }
-        self.write_json(
-            self.tile / "config.json",
-            {
-                "architecture": "vit_giant_patch14_dinov2",
-                "num_classes": 0,
-                "num_features": c.width,
-                "global_pool": "token",
-                "model_args": args | model_args,
-                "pretrained_cfg": {"input_size": [3, 224, 224], "mean": list(c.mean), "std": list(c.std)},
-            },
-        )
+        from wsi_rt.export.layouts.configs import timm_json
+
+        config = timm_json(self.preset.tile_encoder)
+        self.write_json(self.tile / "config.json", config | {"model_args": config["model_args"] | model_args})
         self.save(self.tile / "model.safetensors", self.tensors["tile_encoder"])
 
     def write_slide(self, **config: Any) -> None:
@@ -153,27 +134,9 @@ class CheckpointFolder:
 
     def llama_json(self) -> dict[str, Any]:
         """What a merged LLaVA release's config.json holds, its wrong mm_hidden_size included."""
-        c = self.preset.llm
-        return {
-            "model_type": "llava_llama",
-            "architectures": ["LlavaLlamaForCausalLM"],
-            "hidden_size": c.hidden,
-            "num_hidden_layers": c.layers,
-            "num_attention_heads": c.heads,
-            "num_key_value_heads": c.kv_heads,
-            "intermediate_size": c.ffn,
-            "vocab_size": c.vocab,
-            "max_position_embeddings": c.context,
-            "rms_norm_eps": c.rms_eps,
-            "rope_theta": c.rope_theta,
-            "rope_scaling": None,
-            "hidden_act": "silu",
-            "tie_word_embeddings": c.tied_embeddings,
-            "mm_hidden_size": 512,
-            "mm_projector_type": "mlp2x_gelu",
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        }
+        from wsi_rt.export.layouts.configs import llava_json
+
+        return llava_json(self.preset.llm, self.preset.projector) | {"mm_hidden_size": 512}
 
     def write_llava(self, **changes: Any) -> None:
         """Merged: two shards and an index, CLIP's weights among them."""

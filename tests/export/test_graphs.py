@@ -15,8 +15,10 @@ torch = pytest.importorskip("torch", reason="the export extra is not installed")
 onnx = pytest.importorskip("onnx", reason="the export extra is not installed")
 
 from wsi_rt.export.arch import LlamaConfig, LongNetConfig, ProjectorConfig, ViTConfig  # noqa: E402
-from wsi_rt.export.graphs import llama, projector, slide_encoder, tile_encoder  # noqa: E402
+from wsi_rt.export.graphs import llama  # noqa: E402
 from wsi_rt.export.graphs.builder import OUR_DOMAIN, WeightFile, check_model  # noqa: E402
+from wsi_rt.export.graphs.layers import Style  # noqa: E402
+from wsi_rt.export.graphs.write import Component, write_graphs  # noqa: E402
 from wsi_rt.export.lowering import lower_ort_cpu  # noqa: E402
 from wsi_rt.export.parity import check_inputs, reference_outputs, run_portable  # noqa: E402
 from wsi_rt.export.sources.presets import NANO  # noqa: E402
@@ -58,15 +60,7 @@ def build(config, folder: Path, source: WeightSource | None = None) -> dict[str,
     """The portable graphs of a component, from synthetic weights unless others are given."""
     folder.mkdir(parents=True)
     source = source or SyntheticSource(config, "test", 1)
-    if isinstance(config, LlamaConfig):
-        weights = WeightFile(folder / "weights.data")
-        graphs = {"embed": folder / "embed.onnx", "decoder": folder / "decoder.onnx"}
-        llama.build_embed(config, source, weights, graphs["embed"])
-        llama.LlamaGraph(config, source, weights).build(graphs["decoder"])
-        return graphs
-    module = {ViTConfig: tile_encoder, LongNetConfig: slide_encoder, ProjectorConfig: projector}[type(config)]
-    module.build(config, source, folder / "model.onnx")
-    return {"model": folder / "model.onnx"}
+    return write_graphs(Component(config, source, WeightFile(folder / "weights.data"), lambda _: None), folder, Style())
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -219,8 +213,8 @@ def test_llama_weights_are_loaded_once_for_all_four_graphs(tmp_path, name):
     source = Counting(config)
     for path in ("embed.onnx", "lowered-embed.onnx"):
         llama.build_embed(config, source, weights, tmp_path / path)
-    llama.LlamaGraph(config, source, weights).build(tmp_path / "decoder.onnx")
-    llama.OrtCpuLlamaGraph(config, source, weights).build(tmp_path / "lowered-decoder.onnx")
+    llama.build_decoder(config, source, weights, tmp_path / "decoder.onnx", Style())
+    llama.build_decoder(config, source, weights, tmp_path / "lowered-decoder.onnx", Style(fused=True))
     twice = {"model.embed_tokens.weight"} if config.tied_embeddings else set()
     assert source.counts == {n: 2 if n in twice else 1 for n in config.tensors()}
 
@@ -234,7 +228,7 @@ def test_encoder_weights_are_loaded_once(tmp_path, name):
 
 @pytest.mark.parametrize("base", [llama.LlamaGraph, llama.OrtCpuLlamaGraph])
 def test_every_linear_of_the_language_model_goes_through_one_method(tmp_path, base):
-    """A precision is a subclass with another `make_linear`: no weight matrix is left outside it."""
+    """A precision is another `Linears`, asked by `make_linear`: no weight matrix is left outside it."""
     made = []
 
     class Other(base):
@@ -242,7 +236,9 @@ def test_every_linear_of_the_language_model_goes_through_one_method(tmp_path, ba
             made.append(name)
             return super().make_linear(x, name, bias)
 
-    Other(LLAMA, SyntheticSource(LLAMA, "test", 1), WeightFile(tmp_path / "weights.data")).build(tmp_path / "d.onnx")
+    Other(LLAMA, SyntheticSource(LLAMA, "test", 1), WeightFile(tmp_path / "weights.data"), Style()).build(
+        tmp_path / "d.onnx"
+    )
     matrices = {n.removesuffix(".weight") for n, s in LLAMA.tensors().items() if len(s) == 2}
     assert sorted(made) == sorted(matrices - {"model.embed_tokens"})
 
@@ -306,7 +302,7 @@ def test_portable_graph_equals_torch(built):
     """Every variant, not only the presets: within rounding of the fp32 module."""
     config, graphs, _ = built
     inputs = check_inputs(config)
-    expected = reference_outputs(config, SyntheticSource(config, "test", 1), inputs)
+    expected = reference_outputs(config, SyntheticSource(config, "test", 1), inputs).outputs
     actual = run_portable(config, graphs, inputs)
     assert expected.keys() <= actual.keys()
     for name, reference in expected.items():

@@ -16,9 +16,10 @@ from wsi_rt.export.arch import LongNetConfig  # noqa: E402
 from wsi_rt.export.graphs import slide_encoder  # noqa: E402
 from wsi_rt.export.graphs.builder import GraphBuilder, WeightFile, check_model  # noqa: E402
 from wsi_rt.export.graphs.dilated_attention import dilated_attention  # noqa: E402
+from wsi_rt.export.graphs.layers import Style  # noqa: E402
 from wsi_rt.export.lowering import lower_ort_cpu  # noqa: E402
 from wsi_rt.export.models import reference_model  # noqa: E402
-from wsi_rt.export.sources.files import SafetensorsSource  # noqa: E402
+from wsi_rt.export.sources.files import FileSource, open_weights  # noqa: E402
 from wsi_rt.export.sources.weights import check_tensors  # noqa: E402
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -45,8 +46,8 @@ def config(padded: int) -> LongNetConfig:
 
 
 @pytest.fixture(scope="module")
-def source() -> SafetensorsSource:
-    source = SafetensorsSource.open(GOLDEN / "longnet" / "tiny_weights.safetensors")
+def source() -> FileSource:
+    source = open_weights(GOLDEN / "longnet" / "tiny_weights.safetensors")
     check_tensors(source, config(64).tensors(), "slide_encoder")
     return source
 
@@ -56,7 +57,9 @@ def runners(source, tmp_path_factory: pytest.TempPathFactory, ort_run):
     """The same encoder three ways: features, positions -> outputs by name."""
     folder = tmp_path_factory.mktemp("longnet")
     portable, lowered = folder / "model.onnx", folder / "ort-cpu" / "model.onnx"
-    slide_encoder.build(config(64), source, portable, expose_encoder_out=True)
+    slide_encoder.build(
+        config(64), source, WeightFile(folder / "weights.data"), portable, Style(), expose_encoder_out=True
+    )
     check_model(portable)
     lower_ort_cpu(portable, lowered)
     module = reference_model(config(64), source)
@@ -92,7 +95,7 @@ def test_golden_covers_1_to_4500():
 
 def test_padded_channels_are_zero_after_the_norm(source, tmp_path, ort_run):
     """norm.weight of width C: norm first, then zero channels (SPEC 3)."""
-    slide_encoder.build(config(80), source, tmp_path / "model.onnx")
+    slide_encoder.build(config(80), source, WeightFile(tmp_path / "weights.data"), tmp_path / "model.onnx", Style())
     case = load_file(GOLDEN / "longnet" / "tiny_L17.safetensors")
     out = ort_run(tmp_path / "model.onnx", {"features": case["tile_features"], "positions": case["coords"] // 256})
     assert out["tokens"].shape == (576, 80)
@@ -106,7 +109,9 @@ def test_wide_norm_pads_first(source, changed, tmp_path, ort_run):
     rng = np.random.default_rng(0)
     norm = {f"norm.{k}": rng.uniform(0.5, 1.5, 80).astype(np.float32) for k in ("weight", "bias")}
     weights = changed(source, norm)
-    slide_encoder.build(wide, weights, tmp_path / "model.onnx", expose_encoder_out=True)
+    slide_encoder.build(
+        wide, weights, WeightFile(tmp_path / "weights.data"), tmp_path / "model.onnx", Style(), expose_encoder_out=True
+    )
     case = load_file(GOLDEN / "longnet" / "tiny_L577.safetensors")
     inputs = {"features": case["tile_features"], "positions": case["coords"] // 256}
     out = ort_run(tmp_path / "model.onnx", inputs)

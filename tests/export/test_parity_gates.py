@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ pytest.importorskip("transformers", reason="the export extra is not installed")
 from wsi_rt.export import component  # noqa: E402
 from wsi_rt.export.arch import LlamaConfig, LongNetConfig, ProjectorConfig  # noqa: E402
 from wsi_rt.export.build import BuildRequest, build_engines, plan_build  # noqa: E402
-from wsi_rt.export.component import build_component  # noqa: E402
+from wsi_rt.export.component import build_component, hold_against_reference  # noqa: E402
+from wsi_rt.export.graphs.layers import Style  # noqa: E402
+from wsi_rt.export.graphs.write import write_graphs  # noqa: E402
 from wsi_rt.export.parity import check_inputs, reference_outputs, write_check  # noqa: E402
 from wsi_rt.export.sources.checkpoint import Sources  # noqa: E402
 from wsi_rt.export.sources.presets import NANO  # noqa: E402
@@ -76,63 +79,93 @@ def damages():
 DAMAGES = {name: (config, tensors) for name, config, tensors in damages()}
 
 
-@pytest.fixture(scope="module")
-def references():
-    """config -> check inputs and outputs of the undamaged fp32 module."""
-    cache = {}
-
-    def get(config):
-        if config not in cache:
-            inputs = check_inputs(config)
-            cache[config] = inputs, reference_outputs(config, SyntheticSource(config, "test", 1), inputs)
-        return cache[config]
-
-    return get
+PRECISIONS = [("fp32", c) for c in (VIT, LONGNET, LLAMA, PROJECTOR)]
+PRECISIONS += [("int8", VIT), ("int8", LONGNET), ("int8", LLAMA), ("int4", LLAMA)]
 
 
-@pytest.mark.parametrize("config", [VIT, LONGNET, LLAMA, PROJECTOR], ids=lambda c: c.component)
-def test_an_honest_engine_passes(tmp_path, monkeypatch, references, config):
-    monkeypatch.setattr(component, "reference_outputs", lambda c, *_: references(c)[1])  # computed once for all
-    part = Part(config, SyntheticSource(config, "test", 1))
-    manifest = build_component(config.component, part, tmp_path, "ort-cpu", "fp32", 1, lambda _: None)
-    parity = check_component(tmp_path, "ort-cpu", manifest, 1)
-    assert parity.passes(GATES["fp32"])
-    assert parity.max_rel < 0.5 * GATES["fp32"].max_rel, "the gate is too near to hold on other machines"
+def built(config, source, work, precision="fp32"):
+    return build_component(config.component, Part(config, source), work, "ort-cpu", precision, 1, lambda _: None)
+
+
+@pytest.mark.parametrize(("precision", "config"), PRECISIONS, ids=[f"{c.component}-{p}" for p, c in PRECISIONS])
+def test_an_honest_engine_passes(tmp_path, precision, config):
+    manifest = built(config, SyntheticSource(config, "test", 1), tmp_path, precision)
+    gate, parity = GATES[precision], check_component(tmp_path, "ort-cpu", manifest, 1)
+    assert parity.passes(gate)
+    assert parity.max_rel < 0.5 * gate.max_rel, "the gate is too near to hold on other machines"
+    assert manifest.portable_parity["max_rel"] <= GATES["fp32"].max_rel, "fp32 arithmetic, whatever the weights are"
     assert list(manifest.targets) == ["ort-cpu"]
     compiled = manifest.targets["ort-cpu"]
-    assert compiled.precision == "fp32"
-    assert compiled.parity == {"engine": parity.to_json(), "gate": vars(GATES["fp32"])}
+    assert compiled.precision == precision
+    assert compiled.parity["engine"] == parity.to_json()
+    assert compiled.parity["gate"] == vars(gate)
     assert compiled.requires == {"isa": platform.machine()}
-    assert manifest.portable_parity["max_rel"] <= GATES["fp32"].max_rel
+    layers = compiled.parity["layers"]
+    if config is not PROJECTOR:
+        assert layers["count"] == 1 + getattr(config, "depth", getattr(config, "layers", 0))
+        assert layers["error"] < 0.5 * gate.max_layer
+    assert sorted(p.name for p in (tmp_path / config.component).iterdir() if p.suffix == ".onnx") == sorted(
+        Path(p).name for p in manifest.portable.values()
+    ), "probes are removed"
+
+
+# What each precision rounds a weight to is told apart from a fault: every damage fails, 4-bit weights included.
+CASES = [(p, d) for d, (c, _) in DAMAGES.items() for p in ("fp32", "int8", "int4") if (p, c) in PRECISIONS]
+
+
+@pytest.mark.parametrize(("precision", "damage"), CASES, ids=[f"{d}-{p}" for p, d in CASES])
+def test_a_damaged_engine_is_refused(tmp_path, monkeypatch, changed, precision, damage):
+    """Engine from the damaged weights, held against the whole ones: refused, and where a layer does it, by its name."""
+    config, tensors = DAMAGES[damage]
+    whole = SyntheticSource(config, "test", 1)
+    assert any(not np.array_equal(whole.get(n), x) for n, x in tensors.items())
+    honest = component.open_component
+
+    def damaged(part, folder, precision):
+        return replace(honest(part, folder, precision), source=changed(whole, tensors))
+
+    def against_whole(opened, *args):
+        return hold_against_reference(replace(opened, source=whole), *args)
+
+    monkeypatch.setattr(component, "open_component", damaged)
+    monkeypatch.setattr(component, "hold_against_reference", against_whole)
+    with pytest.raises(ParityError) as e:
+        built(config, whole, tmp_path, precision)
+    assert e.value.exit_code == 5
+    layer = next(iter(tensors)).rsplit(".", 2)[0].removesuffix(".self_attn").removesuffix(".ffn").removesuffix(".mlp")
+    layer = layer.removesuffix(".attn")
+    expected = "portable graph" if config is PROJECTOR else f"layer {layer} differs from the fp32 reference by"
+    assert expected in str(e.value), str(e.value)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_engine_fails(tmp_path, changed, references, damage):
-    """Engine from the damaged weights, held against the stored answer of the whole ones: far outside the gate."""
+def test_the_end_shows_it_too(tmp_path, changed, damage):
+    """The stored check alone, as `verify` runs it, is far outside the fp32 gate."""
     config, tensors = DAMAGES[damage]
     source = SyntheticSource(config, "test", 1)
-    assert any(not np.array_equal(source.get(n), x) for n, x in tensors.items())
     folder = tmp_path / config.component
-    folder.mkdir()
-    graphs = component._write_portable(config, changed(source, tensors), folder)
-    compiled = component._compiled(component._lower(graphs, folder, "ort-cpu"), tmp_path, "fp32")
-    inputs, expected = references(config)
-    write_check(folder / "check.npz", inputs, expected)
-    manifest = replace(component._describe(config.component, graphs, tmp_path), targets={"ort-cpu": compiled})
+    opened = component.open_component(Part(config, changed(source, tensors)), folder, "fp32")
+    lowered = component.lower(opened, "ort-cpu")
+    compiled = component.compiled_entry(lowered, tmp_path, config, "fp32")
+    inputs = check_inputs(config)
+    write_check(folder / "check.npz", inputs, reference_outputs(config, source, inputs).outputs)
+    graphs = write_graphs(opened, folder, Style())
+    manifest = replace(component.describe(opened, graphs, tmp_path), targets={"ort-cpu": compiled})
     parity = check_component(tmp_path, "ort-cpu", manifest, 1)
-    assert not parity.passes(GATES["fp32"])
     assert parity.max_rel > 10 * GATES["fp32"].max_rel, "only just: a slightly smaller fault would pass"
 
 
-@pytest.mark.parametrize("damage", ["vit-no-block", "longnet-no-layer", "llama-no-layer", "projector-no-bias"])
-def test_build_component_refuses_it(tmp_path, monkeypatch, changed, references, damage):
-    config, tensors = DAMAGES[damage]
-    source = SyntheticSource(config, "test", 1)
-    monkeypatch.setattr(component, "reference_outputs", lambda c, *_: references(c)[1])
-    part = Part(config, changed(source, tensors))
-    with pytest.raises(ParityError, match=rf"{config.component} \(portable graph\) differs from the fp32") as e:
-        build_component(config.component, part, tmp_path, "ort-cpu", "fp32", 1, lambda _: None)
-    assert e.value.exit_code == 5
+def test_a_graph_of_another_depth_is_refused(tmp_path, monkeypatch):
+    """A layer that the graph leaves out altogether, not one that adds nothing."""
+    short, honest = replace(LONGNET, depth=2), component.open_component
+    monkeypatch.setattr(component, "open_component", lambda *args: replace(honest(*args), config=short))
+    monkeypatch.setattr(
+        component,
+        "hold_against_reference",
+        lambda opened, *args: hold_against_reference(replace(opened, config=LONGNET), *args),
+    )
+    with pytest.raises(ParityError, match="slide_encoder: the engine has 2 layers, its checkpoint 3"):
+        built(LONGNET, SyntheticSource(LONGNET, "test", 1), tmp_path)
 
 
 @pytest.mark.parametrize("existing", [False, True], ids=["new", "over-an-old-one"])
@@ -156,8 +189,8 @@ def test_non_finite_missing_and_misshapen_outputs_fail():
     nan = np.ones((2, 3), np.float32)
     nan[1, 2] = np.nan
     for bad in ({}, {"x": nan}, {"x": nan * np.inf}, {"x": np.ones((3, 2))}, {"x": np.ones((2, 3, 1))}):
-        assert not compare(bad, good).passes(Gate(1e9, -1e9) if not bad else GATES["fp32"])
-    assert not Parity(np.nan, np.nan, np.nan).passes(Gate(1e9, -1.0))
+        assert not compare(bad, good).passes(Gate(1e9, -1e9, 1e9) if not bad else GATES["fp32"])
+    assert not Parity(np.nan, np.nan, np.nan).passes(Gate(1e9, -1.0, 1e9))
 
 
 def test_both_bounds_hold_and_the_worst_row_counts():
@@ -187,20 +220,19 @@ def test_require_names_both_numbers():
 
 
 def test_a_damaged_check_file_is_an_engine_mismatch(tmp_path):
-    part = Part(PROJECTOR, SyntheticSource(PROJECTOR, "test", 1))
-    manifest = build_component("projector", part, tmp_path, "ort-cpu", "fp32", 1, lambda _: None)
-    inputs, outputs = load_check(tmp_path, manifest)
+    manifest = built(PROJECTOR, SyntheticSource(PROJECTOR, "test", 1), tmp_path)
+    path = tmp_path / manifest.check
+    inputs, outputs = load_check(path)
     assert set(inputs) == {"tokens"}
     assert set(outputs) == {"embeds"}
-    path = tmp_path / manifest.check
     data = path.read_bytes()
     for bad in (b"", data[:50], data[: len(data) // 2], b"\x80\x04]."):
         path.write_bytes(bad)
         with pytest.raises(EngineMismatchError, match=r"check\.npz: not readable"):
-            load_check(tmp_path, manifest)
+            load_check(path)
     path.unlink()
     with pytest.raises(EngineMismatchError, match=r"check\.npz: not readable"):
-        load_check(tmp_path, manifest)
+        load_check(path)
 
 
 def test_check_inputs_exercise_the_whole_component():

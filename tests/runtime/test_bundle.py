@@ -25,7 +25,7 @@ from wsi_rt.runtime import bundle as bundle_module
 from wsi_rt.runtime.bundle import STAMP_NAME, Bundle
 from wsi_rt.runtime.errors import EngineMismatchError, InputError
 from wsi_rt.runtime.hashing import sha256_json
-from wsi_rt.runtime.manifest import load_manifest
+from wsi_rt.runtime.manifest import SCHEMA, load_manifest
 
 REBUILD = "wsi-rt build-engines --checkpoint 'synthetic:nano?seed=3' --components projector --out {} --force"
 REBUILD_ALL = "wsi-rt build-engines --checkpoint 'synthetic:nano?seed=3' --out {} --force"
@@ -253,7 +253,7 @@ def test_not_a_bundle(tmp_path, wsi_rt, name, words, place):
         ("{}", "damaged"),
         ('{"digest": "x"}', "damaged"),
         ('{"digest": "x", "schema": "one"}', "damaged"),
-        ('{"digest": "x", "schema": 1}', "edited after the build"),
+        (f'{{"digest": "x", "schema": {SCHEMA}}}', "edited after the build"),
         ("\x00\xff", "damaged"),
     ],
 )
@@ -281,11 +281,11 @@ def test_an_edited_manifest(root):
         Bundle.open(root)
 
 
-@pytest.mark.parametrize("schema", [0, 2, 99])
+@pytest.mark.parametrize("schema", [0, SCHEMA - 1, SCHEMA + 1, 99])
 def test_another_schema_says_which_version_reads_it(root, schema):
     edit_manifest(root, sign=True, schema=schema, version="9.8.7")
     with pytest.raises(
-        EngineMismatchError, match=rf"schema {schema}, this wsi-rt reads 1; use the wsi-rt 9\.8\.7, or rebuild"
+        EngineMismatchError, match=rf"schema {schema}, this wsi-rt reads {SCHEMA}; use the wsi-rt 9\.8\.7, or rebuild"
     ):
         Bundle.open(root)
 

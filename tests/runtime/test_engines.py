@@ -55,7 +55,7 @@ def slide_encoder(built):
 
 
 def check(built, engine):
-    return load_check(built[0], engine.manifest)
+    return load_check(built[0] / engine.manifest.check)
 
 
 def refused(engine, inputs, *words: str, outputs=None) -> None:

@@ -19,7 +19,7 @@ from wsi_rt.export.arch import LlamaConfig, ProjectorConfig  # noqa: E402
 from wsi_rt.export.build import BuildRequest, build_engines, is_up_to_date, plan_build  # noqa: E402
 from wsi_rt.export.models import reference_model  # noqa: E402
 from wsi_rt.export.sources.checkpoint import Sources, resolve  # noqa: E402
-from wsi_rt.export.sources.files import SafetensorsSource  # noqa: E402
+from wsi_rt.export.sources.files import open_weights  # noqa: E402
 from wsi_rt.export.sources.llava import llama_config, projector_config  # noqa: E402
 from wsi_rt.export.sources.synthetic import SyntheticSource, uniform  # noqa: E402
 from wsi_rt.runtime.bundle import Bundle  # noqa: E402
@@ -325,18 +325,6 @@ def test_several_files_without_an_index(checkpoint, tmp_path):
     refused(all_of(checkpoint), tmp_path / "bundle", "2 .safetensors files", "index of shards")
 
 
-def test_bin_shards_are_named(checkpoint, tmp_path):
-    for path in checkpoint.llava.glob("*.safetensors*"):
-        path.unlink()
-    (checkpoint.llava / "pytorch_model.bin").write_bytes(b"")
-    refused(all_of(checkpoint), tmp_path / "bundle", ".bin weights", ".safetensors")
-
-
-def test_lora_is_refused_by_name(checkpoint, tmp_path):
-    (checkpoint.llava / "adapter_config.json").write_text("{}")
-    refused(all_of(checkpoint), tmp_path / "bundle", "LoRA adapter", "merge")
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -521,7 +509,7 @@ def test_flags_beside_the_checkpoint_win(checkpoint, tmp_path):
 def test_unknown_component_and_precision(checkpoint, tmp_path):
     with pytest.raises(InputError, match=r"--components has 'head', expected some of: tile_encoder, slide_encoder"):
         plan_build(BuildRequest(all_of(checkpoint), tmp_path / "b", components=("head",)))
-    for precision in ("int4", "llm=int4", "head=fp32", "llm=", "=fp32"):
+    for precision in ("int2", "tile_encoder=int4", "head=fp32", "llm=", "=fp32"):
         with pytest.raises(InputError, match=r"--precision"):
             plan_build(BuildRequest(all_of(checkpoint), tmp_path / "b", precision=precision))
     with pytest.raises(InputError, match="target is 'abacus', expected one of: ort-cpu"):
@@ -573,7 +561,7 @@ def test_vicuna_config():
 
 
 def test_get_of_an_unknown_tensor_names_it(checkpoint):
-    source = SafetensorsSource.open(checkpoint.slide)
+    source = open_weights(checkpoint.slide)
     with pytest.raises(CheckpointError, match="no tensor named nope"):
         source.get("nope")
     with pytest.raises(CheckpointError, match="no tensor named nope"):

@@ -16,10 +16,11 @@ safetensors_torch = pytest.importorskip("safetensors.torch", reason="the export 
 
 from wsi_rt.export.arch import IMAGENET_MEAN, IMAGENET_STD, LongNetConfig, ViTConfig, parameter_count  # noqa: E402
 from wsi_rt.export.graphs import tile_encoder  # noqa: E402
-from wsi_rt.export.graphs.builder import check_model  # noqa: E402
+from wsi_rt.export.graphs.builder import WeightFile, check_model  # noqa: E402
+from wsi_rt.export.graphs.layers import Style  # noqa: E402
 from wsi_rt.export.models import reference_model  # noqa: E402
 from wsi_rt.export.sources.checkpoint import Sources, resolve  # noqa: E402
-from wsi_rt.export.sources.files import SafetensorsSource  # noqa: E402
+from wsi_rt.export.sources.files import open_weights  # noqa: E402
 from wsi_rt.export.sources.timm_vit import describe_timm, load_timm_directory  # noqa: E402
 from wsi_rt.export.sources.weights import check_tensors  # noqa: E402
 from wsi_rt.runtime.errors import CheckpointError, MachineError  # noqa: E402
@@ -131,7 +132,7 @@ def same_outputs(folder: Path, oracle, tiles, ort_run, mean=IMAGENET_MEAN, std=I
     assert expected.shape == (2, config.width)
     assert np.abs(expected[0] - expected[1]).max() > 0.01, "the model does not look at its input"
     assert np.abs(module - expected).max() <= TOLERANCE
-    tile_encoder.build(config, source, folder / "model.onnx")
+    tile_encoder.build(config, source, WeightFile(folder / "weights.data"), folder / "model.onnx", Style())
     check_model(folder / "model.onnx")
     features = ort_run(folder / "model.onnx", {"tiles": tiles})["features"]
     assert np.abs(features - expected).max() <= TOLERANCE
@@ -161,12 +162,12 @@ def test_unpacked_swiglu_equals_timm(timm, tmp_path, tiles, ort_run):
     safetensors_torch.save_file(model.state_dict(), str(tmp_path / "model.safetensors"))
     config = describe_timm(model, "vit_tiny_patch16_224")
     assert config.mlp == "swiglu"
-    source = SafetensorsSource.open(tmp_path)
+    source = open_weights(tmp_path)
     check_tensors(source, config.tensors(), "tile_encoder")
     with torch.inference_mode():
         expected = model.eval()(crop(tiles, 224, IMAGENET_MEAN, IMAGENET_STD)).numpy()
         assert np.abs(reference_model(config, source)(torch.from_numpy(tiles)).numpy() - expected).max() <= TOLERANCE
-    tile_encoder.build(config, source, tmp_path / "model.onnx")
+    tile_encoder.build(config, source, WeightFile(tmp_path / "weights.data"), tmp_path / "model.onnx", Style())
     assert np.abs(ort_run(tmp_path / "model.onnx", {"tiles": tiles})["features"] - expected).max() <= TOLERANCE
 
 
@@ -178,6 +179,22 @@ def test_a_packed_swiglu_that_only_code_names(timm, tmp_path, tiles, ort_run):
     randomise(model)
     config = same_outputs(save(tmp_path / name, model, name, args), model, tiles, ort_run)
     assert (config.mlp, config.act) == ("swiglu_packed", "silu")
+
+
+def test_weights_of_torch_save(timm, tmp_path):
+    """Any ViT's `pytorch_model.bin` gives what its `model.safetensors` gives."""
+    name = "vit_tiny_patch16_224"
+    model = timm.create_model(name, depth=2, num_classes=0)
+    randomise(model)
+    folder = save(tmp_path / name, model, name, {"depth": 2})
+    safe = load_timm_directory(folder)
+    expected = {n: safe.source.get(n) for n in safe.config.tensors()}
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    part = load_timm_directory(folder)
+    check_tensors(part.source, part.config.tensors(), "tile_encoder")
+    assert part.config == safe.config
+    assert all(np.array_equal(part.source.get(n), x) for n, x in expected.items())
 
 
 def test_statistics_come_from_the_checkpoint(timm, tmp_path, tiles, ort_run):
