@@ -62,7 +62,7 @@ check: $(INSTALLED)
 	mkdir -p .types/wsi_rt
 	for folder in export runtime kernels benchmarks; do ln -sfn ../../$$folder .types/wsi_rt/$$folder; done
 	MYPYPATH=.types $(BIN)/mypy --namespace-packages --explicit-package-bases \
-		-p wsi_rt.kernels -p wsi_rt.runtime -p wsi_rt.export
+		-p wsi_rt.kernels -p wsi_rt.runtime -p wsi_rt.export -p wsi_rt.benchmarks
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

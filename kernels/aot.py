@@ -122,8 +122,11 @@ def _cases_of(op: str) -> dict[str, AotCase]:
     return {case.name: case for case in all_cases([op])}
 
 
-def compile_case(case: AotCase) -> Any:
-    """Triton's compiled kernel (`asm["ptx"]`, `asm["cubin"]`, `metadata`) for the architecture of the case."""
+def compile_case(case: AotCase, ptx_version: int | None = None) -> Any:
+    """Triton's compiled kernel (`asm["ptx"]`, `asm["cubin"]`, `metadata`) for the architecture of the case.
+
+    ptx_version: 88 for PTX 8.8; the newest that Triton's assembler for the architecture knows where None.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -138,6 +141,7 @@ def compile_case(case: AotCase) -> Any:
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible},
     )
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options |= {} if ptx_version is None else {"ptx_version": ptx_version}
     return triton.compile(source, target=GPUTarget("cuda", case.sm, 32), options=options)
 
 
@@ -147,8 +151,8 @@ def measure_case(case: AotCase) -> Resources:
     with tempfile.TemporaryDirectory(prefix="wsi-rt-cubin-") as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        usage = _tool("cuobjdump", "-res-usage", cubin)
-        sass = _tool("nvdisasm", "-c", "-ndf", cubin)
+        usage = nvidia_tool("cuobjdump", "-res-usage", cubin)
+        sass = nvidia_tool("nvdisasm", "-c", "-ndf", cubin)
     counts = {key: int(n) for key, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     if set(counts) != {"REG", "STACK", "LOCAL"} or "EXIT" not in sass:
         raise RuntimeError(f"cuobjdump and nvdisasm gave no resources for {case.name}: {usage[:200]}")
@@ -168,7 +172,8 @@ def measure_case(case: AotCase) -> Resources:
     )
 
 
-def _tool(name: str, *arguments: str | Path) -> str:
+def nvidia_tool(name: str, *arguments: str | Path) -> str:
+    """stdout of one of the programs that come with Triton: ptxas, cuobjdump, nvdisasm. RuntimeError where it fails."""
     import triton
 
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name

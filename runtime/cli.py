@@ -17,6 +17,7 @@ from wsi_rt.runtime.errors import WsiRtError
 COMMANDS = {
     "accept": "accept:accept",
     "ask": "ask:ask",
+    "bench": "bench:bench",
     "build-engines": "build:build_engines",
     "doctor": "doctor:doctor",
     "encode": "encode:encode",

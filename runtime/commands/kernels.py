@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from wsi_rt.runtime.commands.options import JSON
+from wsi_rt.runtime.commands.options import JSON, SM
 from wsi_rt.runtime.errors import InputError, MachineError, ParityError
 from wsi_rt.runtime.progress import Progress
 
@@ -21,19 +21,10 @@ SHOWN = 3  # findings in the error line; all of them are on stdout
 WORKERS = 2  # a compilation is one thread and about 0.3 GB
 
 
-def _architectures(_context: click.Context, _option: click.Parameter, value: str | None) -> tuple[int, ...] | None:
-    if value is None:
-        return None
-    try:
-        return tuple(int(sm.strip().removeprefix("sm_")) for sm in value.split(","))
-    except ValueError as e:
-        raise click.BadParameter(f"{value!r} is no list of architectures such as 80,90") from e
-
-
 @click.command()
 @click.option("--check", is_flag=True, help="Fail (exit 5) on drift from the committed table, spills or limits.")
 @click.option("--op", "ops", multiple=True, metavar="NAME", help="Only this operator; repeatable.")
-@click.option("--sm", "sms", metavar="LIST", callback=_architectures, help="Only these architectures: 80,90.")
+@SM
 @click.option("--update", is_flag=True, help="Write the committed table (kernels/resources.json) anew.")
 @JSON
 def kernels(check: bool, ops: tuple[str, ...], sms: tuple[int, ...] | None, update: bool, as_json: bool) -> None:

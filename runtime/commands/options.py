@@ -28,9 +28,19 @@ def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Co
     return apply
 
 
+def _architectures(_context: click.Context, _option: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    try:
+        return tuple(int(sm.strip().removeprefix("sm_")) for sm in value.split(","))
+    except ValueError as e:
+        raise click.BadParameter(f"{value!r} is no list of architectures such as 80,90") from e
+
+
 ENGINES = click.option("--engines", type=click.Path(path_type=Path), required=True, help="Engine bundle.")
 THREADS = click.option("--threads", type=int, help="CPU threads (default: the CPUs this process may use).")
 JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+SM = click.option("--sm", "sms", metavar="LIST", callback=_architectures, help="Only these architectures: 80,90.")
 SLIDE = options(
     click.option("--mpp", type=float, help="The slide's level-0 resolution in um/px, overriding its metadata."),
     click.option("--target-mpp", type=float, default=TARGET_MPP, show_default=True, help="Working resolution, um/px."),
