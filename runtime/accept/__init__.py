@@ -1,5 +1,6 @@
 """Can wsi-rt stand in for the published scripts? Their files compared with what our engines give, and explained.
 
-`reference` reads the published slide tokens, `slide` compares and explains them, `records` reads questions and answers,
-`answers` walks along a reference's answer, `reasons` explains the ones that differ, `report` says the verdict.
+Tokens: `reference` reads the published ones, `tokens` compares ours with them, `token_hypotheses` has what may differ.
+Answers: `records` reads them, `answers` walks along one, `answer_hypotheses` has what may differ.
+`report` says the verdict.
 """

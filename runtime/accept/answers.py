@@ -1,24 +1,31 @@
-"""Our language model walked along a reference's answer: where it would say something else, and by how much."""
+"""Our language model walked along a reference's answer: where it would say something else, and by how much.
+
+Answers files hold text, and one text has many token sequences: a token is allowed when its bytes go on along the text.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi_rt.runtime.accept.spelling import Spelling, Vocabulary
 from wsi_rt.runtime.bundle import Bundle
 from wsi_rt.runtime.config import GenerationSettings
 from wsi_rt.runtime.errors import InputError, WsiRtError
 from wsi_rt.runtime.llm.prefix import SlidePrefix, prefill_prefix
 from wsi_rt.runtime.llm.prompt import encode_prompt
 from wsi_rt.runtime.llm.sampling import Sampler
+from wsi_rt.runtime.llm.tokenizer import Tokenizer
 
 # same: all of the reference's text. other: another text. longer: ours goes on where the reference ends. shorter: ours
 # ends first. cut: our max_new_tokens end it. untrimmed: ours ends at a turn marker, the reference goes on.
 Kind = Literal["same", "other", "longer", "shorter", "cut", "untrimmed"]
+_BLANK = b" \t\n\r\v\f\x1c\x1d\x1e\x1f"  # what str.strip takes off, of one byte; bytes.strip keeps the last four
+_UNDECODABLE = "\ufffd".encode()  # in text, where the model gave a byte that belongs to no character
 FP16_STEPS = 2  # the published scripts compute logits in fp16: two candidates this many steps apart may swap
 
 
@@ -38,15 +45,14 @@ class Walk:
 
     ties: (index, margin) of tokens where ours is the other of two candidates that rounding decides between.
     margin: of the first token that really differs: our logit for our token minus that for the reference's best
-    token; infinite when no token would do. retokenised: the reference's text, tokenised, is our tokens. said: how many
-    tokens say all of the reference, white space after it not counted; None: none do.
+    token; infinite when no token would do. said: how many tokens say all of the reference, white space after it not
+    counted; None: none do.
     """
 
     kind: Kind
     tokens: int
     ties: tuple[tuple[int, float], ...] = ()
     margin: float | None = None
-    retokenised: bool = False
     said: int | None = None
 
     @property
@@ -59,20 +65,6 @@ class Walk:
         if self.ties:
             return self.ties[0][0]
         return None if self.same else self.tokens
-
-
-@dataclass(frozen=True)
-class Surprise:
-    """A reference's tokens under sampling: nats they cost, what sampled ones cost on average, and its deviation."""
-
-    nats: float
-    expected: float
-    deviation: float
-
-    @property
-    def plausible(self) -> bool:
-        """No dearer than sampled answers are: within three deviations, and e^3 for the short ones."""
-        return self.nats <= self.expected + 3 * self.deviation + 3
 
 
 class Answerer:
@@ -106,7 +98,7 @@ class Answerer:
         said = 0 if spelling.complete else None
 
         def end(kind: Kind, margin: float | None = None) -> Walk:
-            return Walk(kind, len(run.ids), tuple(ties), margin, self._retokenised(run.ids, trial.reference), said)
+            return Walk(kind, len(run.ids), tuple(ties), margin, said)
 
         while len(run.ids) < run.limit:
             scores = run.scores()
@@ -128,33 +120,6 @@ class Answerer:
             if spelling.stopped:
                 return end("untrimmed" if spelling.trimmed else "same")
         return end("same" if spelling.complete else "cut")
-
-    def surprise(self, question: str, trial: Trial) -> Surprise | None:
-        """How the reference fares as an answer sampled with `trial.settings`; None when it cannot be told: it leaves
-        the tokens that could be drawn, or has no spelling. Each token is the likeliest that spells it."""
-        run = _Run(self, question, trial.settings)
-        spelling = Spelling(self.vocabulary, trial.reference, ())
-        nats = expected = variance = 0.0
-        while len(run.ids) < run.limit and not spelling.complete:
-            scores = run.scores().astype(np.float64)
-            logp = scores - scores.max()
-            logp -= np.log(np.exp(logp).sum())
-            alive = np.isfinite(logp)
-            entropy = -float((np.exp(logp[alive]) * logp[alive]).sum())
-            allowed = spelling.candidates()
-            token = int(allowed[logp[allowed].argmax()]) if allowed.size else -1
-            if token < 0 or not alive[token]:
-                return None
-            nats -= float(logp[token])
-            expected += entropy
-            variance += float((np.exp(logp[alive]) * logp[alive] ** 2).sum()) - entropy**2
-            run.take(token)
-            spelling.push(token)
-        return Surprise(nats, expected, max(variance, 0.0) ** 0.5)
-
-    def _retokenised(self, ids: list[int], reference: str) -> bool:
-        said = [i for i in ids if i not in self.vocabulary.eos]
-        return self.tokenizer.encode(reference.strip()) == said
 
     def begin(self, question: str, settings: GenerationSettings) -> tuple[SlidePrefix, NDArray[np.float32], int]:
         """Prefill a question after the shared prefix -> (prefix, logits [vocab], tokens that may be generated)."""
@@ -204,3 +169,114 @@ class _Run:
 def fp16_noise(logit: float) -> float:
     """Two logits this close may come out either way where the reference computed in fp16."""
     return FP16_STEPS * float(np.spacing(np.float16(min(abs(logit), 6e4))))
+
+
+class Vocabulary:
+    """A tokenizer's tokens by their first byte."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.eos = tuple(tokenizer.eos_ids)
+        self.by_first: dict[int, list[int]] = defaultdict(list)  # of the bytes as they are
+        self.by_first_letter: dict[int, list[int]] = defaultdict(list)  # leading white space left out
+        self.blank: list[int] = []
+        for token in range(tokenizer.vocab_size):
+            data = tokenizer.token_bytes(token)
+            if data:
+                self.by_first[data[0]].append(token)
+            if data.strip(_BLANK):
+                self.by_first_letter[data.lstrip(_BLANK)[0]].append(token)
+            elif data:
+                self.blank.append(token)
+
+
+class Spelling:
+    """How far an answer has come along `reference` (trimmed, as it is compared).
+
+    White space before and after it is free, as is the beginning of a stop marker after it.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, reference: str, stops: Sequence[str]) -> None:
+        self.vocabulary = vocabulary
+        self.text = reference.strip().encode("utf-8", "replace")
+        self.stops = tuple(stops)
+        ends = [self.text.find(s) + len(s) for s in (stop.encode() for stop in stops) if s in self.text]
+        self._stop_end = min(ends, default=None)
+        self._at, self._tail = 0, b""
+
+    @property
+    def complete(self) -> bool:
+        """All of the reference has been said."""
+        return self._at == len(self.text)
+
+    @property
+    def stopped(self) -> bool:
+        """A stop marker is complete: an answer ends here."""
+        inside = self._stop_end is not None and self._at >= self._stop_end
+        return inside or any(stop in _text(self._tail) for stop in self.stops)
+
+    @property
+    def trimmed(self) -> bool:
+        """It ended at a marker that the reference goes on behind, or ends with: there was no trimming."""
+        return self._stop_end is not None and self._at >= self._stop_end
+
+    def allows(self, token: int) -> bool:
+        if token in self.vocabulary.eos:
+            return self.complete and not _text(self._tail).strip()
+        # A special token has no bytes, is dropped from text, and so may stand anywhere.
+        return self._after(self.vocabulary.tokenizer.token_bytes(token)) is not None
+
+    def push(self, token: int) -> None:
+        """Go on by an allowed token."""
+        after = self._after(self.vocabulary.tokenizer.token_bytes(token))
+        if after is None:
+            raise ValueError(f"token {token} does not go on along the reference")
+        self._at, self._tail = after
+
+    def candidates(self) -> NDArray[np.int64]:
+        """Every allowed token."""
+        v = self.vocabulary
+        if self.complete:
+            found = [t for t in (*v.eos, *v.blank) if self.allows(t)]
+        else:
+            first = self.text[self._at]
+            found = [*v.by_first[first], *(v.by_first_letter[first] + v.blank if self._at == 0 else [])]
+            if self.text.startswith(_UNDECODABLE, self._at):
+                found += [t for b in range(0x80, 0x100) for t in v.by_first[b]]
+            found = [t for t in found if self.allows(t)]
+        return np.unique(np.array(found, np.int64))
+
+    def _after(self, data: bytes) -> tuple[int, bytes] | None:
+        """(place in the text, what came after its end) once `data` was said; None when that is another text."""
+        at, tail = self._at, self._tail
+        if at == 0:
+            data = data.lstrip(_BLANK)
+        for i, byte in enumerate(data):
+            if at == len(self.text):
+                tail += data[i:]
+                break
+            if self.text[at] == byte:
+                at += 1
+            elif byte >= 0x80 and self.text.startswith(_UNDECODABLE, at):
+                at += len(_UNDECODABLE)
+            else:
+                return None
+        return (at, tail) if self._may_follow(tail) else None
+
+    def _may_follow(self, tail: bytes) -> bool:
+        """White space, with nothing or the beginning of a stop marker (or all of one) behind it."""
+        text = _text(tail)
+        words = text.lstrip()
+        blank = text[: len(text) - len(words)]
+        if not words:
+            return True
+        return any(
+            stop.startswith(blank[i:] + words) or (blank[i:] + words).startswith(stop)
+            for stop in self.stops
+            for i in range(len(blank) + 1)
+        )
+
+
+def _text(tail: bytes) -> str:
+    """What stands behind the reference's end; a character that has only begun does not count yet."""
+    return tail.decode("utf-8", "ignore")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -47,6 +47,10 @@ class Matched:
     repeated_questions: tuple[str, ...]
     repeated_answers: tuple[str, ...]
     other_slides: int = 0
+
+    def left_out(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items() if k != "pairs"}
 
     def notes(self) -> tuple[str, ...]:
         """What was left out, counted and named by place."""
@@ -118,14 +122,7 @@ def about(matched: Matched, features: Path) -> Matched:
             f"the questions are about {len(names)} slides, none of them named as --features {features}; "
             "expected a file named as in `image`, or questions about one slide"
         )
-    return Matched(
-        own,
-        matched.unanswered,
-        matched.unasked,
-        matched.repeated_questions,
-        matched.repeated_answers,
-        len(matched.pairs) - len(own),
-    )
+    return replace(matched, pairs=own, other_slides=len(matched.pairs) - len(own))
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

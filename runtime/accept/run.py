@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from wsi_rt.runtime.accept.answer_hypotheses import compare_answers
 from wsi_rt.runtime.accept.records import Matched, about, match, read_answers, read_questions
 from wsi_rt.runtime.accept.reference import examine, read_reference, token_widths
-from wsi_rt.runtime.accept.replies import compare_answers
 from wsi_rt.runtime.accept.report import OnProgress, Section
-from wsi_rt.runtime.accept.states import SlideStates
 from wsi_rt.runtime.accept.tokens import compare_slide
 from wsi_rt.runtime.config import SlideSettings
 from wsi_rt.runtime.pipeline import Pipeline
@@ -44,15 +43,12 @@ def run_accept(request: AcceptRequest, on_progress: OnProgress) -> list[Section]
         bundle = pipeline.bundle
         settings = pipeline.default_generation().with_overrides(**request.generation)
         reference = read_reference(request.features, bundle.manifest)
-        states = SlideStates(bundle) if "slide_encoder" in bundle.manifest.components else None
-        sections = [examine(reference, states.norm if states else None)]
+        sections = [examine(reference)]
         if request.slide is not None:
-            slide = request.slide
-            compared = compare_slide(pipeline, states, slide, request.slide_settings, reference, on_progress)
+            compared = compare_slide(pipeline, request.slide, request.slide_settings, reference, on_progress)
             sections = [_accounted_for(sections[0], compared), compared]
     if matched is None:
         return sections
-    states = None  # the language model needs the room
     _, padded = token_widths(bundle.manifest)
     tokens = np.pad(reference.tokens, ((0, 0), (0, padded - reference.tokens.shape[1])))
     return [*sections, compare_answers(bundle, tokens, matched, settings, on_progress)]
