@@ -100,9 +100,10 @@ def toolchain() -> dict[str, str]:
 
 
 def code_digest() -> str:
-    """Of the code that builds: a bundle from other code is another build."""
-    root = Path(__file__).parent
-    return sha256_json({str(p.relative_to(root)): sha256_file(p) for p in sorted(root.rglob("*.py"))})
+    """Of the code that builds and checks: a bundle from other code is another build."""
+    root = Path(__file__).parents[1]
+    files = [*root.glob("export/**/*.py"), *root.glob("kernels/**/*.py"), root / "runtime" / "parity.py"]
+    return sha256_json({str(p.relative_to(root)): sha256_file(p) for p in sorted(files)})
 
 
 def plan_build(request: BuildRequest) -> BuildPlan:
@@ -110,6 +111,7 @@ def plan_build(request: BuildRequest) -> BuildPlan:
     lowering(request.target)
     backend(request.target)
     checkpoint = resolve(request.sources)
+    request = replace(request, sources=checkpoint.sources)  # a base that the adapter itself names is to be told again
     available = tuple(checkpoint.parts)
     wanted = request.components or available
     missing = [n for n in wanted if n not in available]
@@ -117,7 +119,7 @@ def plan_build(request: BuildRequest) -> BuildPlan:
         expected = ", ".join(available)
         raise InputError(f"--components has {missing[0]!r}, expected some of: {expected} (what the checkpoint holds)")
     parts = {n: p for n, p in checkpoint.parts.items() if n in wanted}
-    precision = {n: p for n, p in parse_precision(request.precision).items() if n in parts}
+    precision = parse_precision(request.precision, tuple(parts))
     checkpoint = replace(checkpoint, parts=parts)
     with TemporaryDirectory() as aside:  # a tokenizer that does not fit is refused before hours of building
         tokenizer = _write_tokenizer(checkpoint, Path(aside)) if "llm" in parts else {}

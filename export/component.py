@@ -15,15 +15,25 @@ from wsi_rt.export.graphs.builder import WeightFile, check_model
 from wsi_rt.export.graphs.layers import Style
 from wsi_rt.export.graphs.linears import DequantisedLinears
 from wsi_rt.export.graphs.write import DECODER, MODEL, Component, write_graphs
-from wsi_rt.export.parity import Arrays, check_inputs, reference_outputs, run_portable, run_probe, write_check
+from wsi_rt.export.parity import Arrays, check_inputs, reference_outputs, run_probe, write_check
+from wsi_rt.export.portable import run_portable
 from wsi_rt.export.precision import format_of, formats
-from wsi_rt.export.sources.rounded import Rounded, with_head
+from wsi_rt.export.sources.stored import Compared, Stored, with_head
 from wsi_rt.export.sources.weights import Part
 from wsi_rt.export.targets import Lowered, lowering
 from wsi_rt.kernels.slide_embed import GRID
 from wsi_rt.runtime.hashing import sha256_json
 from wsi_rt.runtime.manifest import Compiled, EngineManifest, TensorSpec
-from wsi_rt.runtime.parity import GATES, check_component, compare, load_check, require, require_layers
+from wsi_rt.runtime.parity import (
+    GATES,
+    check_component,
+    compare,
+    later_gate,
+    load_check,
+    require,
+    require_layers,
+    require_rounding,
+)
 
 CHECK = "check.npz"  # stored inputs and reference outputs, in the component's folder
 
@@ -66,7 +76,7 @@ def build_component(
     on_step(f"parity of the {target} engine")
     engine = check_component(work, target, manifest, threads)
     require(name, f"{target} engine", engine, GATES[precision])
-    parity = {"engine": engine.to_json(), "gate": vars(GATES[precision]), "layers": layers}
+    parity = {"engine": engine.to_json(), "gate": vars(later_gate(GATES[precision], engine)), "layers": layers}
     return replace(manifest, targets={target: replace(compiled, parity=parity)})
 
 
@@ -78,24 +88,23 @@ def hold_against_reference(
     config, source = component.config, component.source
     trajectory = run_probe(config, probe, inputs, threads)
     probe.unlink()
-    stored = Rounded(source, component.format_of)
+    stored = Stored(source, component.weights, component.format_of)
     reference = reference_outputs(config, stored, inputs, threads, trajectory)
     layers = require_layers(config.component, reference.layers, GATES[precision])
     write_check(component.weights.path.with_name(CHECK), inputs, reference.outputs)
-    if not stored.errors:
+    if precision == "fp32":
         return layers, {}
-    worst = max(stored.errors, key=lambda n: stored.errors[n])
-    whole = reference_outputs(config, source, inputs, threads).outputs
-    rounding = {"worst": worst, "error": float(f"{stored.errors[worst]:.6g}")}
+    checkpoint = Compared(source, stored)
+    whole = reference_outputs(config, checkpoint, inputs, threads).outputs
+    rounding = require_rounding(config.component, checkpoint.errors, precision)
     return layers, rounding | {"outputs": compare(reference.outputs, whole).to_json()}
 
 
 def open_component(part: Part, folder: Path, precision: str) -> Component:
     """Its folder, made here, and the empty weight file that its graphs will share."""
     folder.mkdir()
-    name = part.config.component
     source = with_head(part.config, part.source)
-    return Component(part.config, source, WeightFile(folder / "weights.data"), format_of(name, precision))
+    return Component(part.config, source, WeightFile(folder / "weights.data"), format_of(precision))
 
 
 def lower(component: Component, target: str, threads: int = 0) -> Lowered:

@@ -17,7 +17,7 @@ from wsi_rt.export.sources.synthetic import uniform
 from wsi_rt.export.sources.weights import WeightSource
 from wsi_rt.runtime.engines.ort import open_session
 from wsi_rt.runtime.errors import ParityError
-from wsi_rt.runtime.parity import INPUT, OUTPUT
+from wsi_rt.runtime.parity import INPUT, OUTPUT, LayerError
 from wsi_rt.runtime.types import TILE_PX
 
 Arrays = dict[str, NDArray[Any]]
@@ -49,7 +49,7 @@ class Reference:
     """What the fp32 module answers. layers: how far each layer of a trajectory was off, by name (LayerCheck)."""
 
     outputs: Arrays
-    layers: Mapping[str, float]
+    layers: Mapping[str, LayerError]
 
 
 def reference_outputs(
@@ -90,8 +90,8 @@ def _all_embeds(module: Any, tensors: Mapping[str, Any]) -> Any:
 
 
 class LayerCheck:
-    """Holds an engine's layers against the reference's while that runs. An error is the norm of what the engine's
-    layer added to its input minus what the reference adds to the same input, over the latter; `embed` compares the
+    """Holds an engine's layers against the reference's while that runs: an error is how far what the engine's layer
+    gives is from what the reference's gives on the same input, over what the latter adds to it; `embed` compares the
     first layer's input itself. A layer left out has an error of 1."""
 
     def __init__(self, c: ComponentConfig, module: Any, trajectory: Sequence[NDArray[np.float32]]) -> None:
@@ -101,7 +101,7 @@ class LayerCheck:
                 f"{c.component}: the engine has {len(trajectory) - 1} layers, its checkpoint {len(names)}; "
                 "nothing was installed"
             )
-        self.errors: dict[str, float] = {}
+        self.errors: dict[str, LayerError] = {}
         self._trajectory = trajectory
         for i, name in enumerate(names):
             module.get_submodule(name).register_forward_hook(self._hook(i, name), prepend=True, with_kwargs=True)
@@ -110,53 +110,28 @@ class LayerCheck:
         import torch
 
         def compare(layer: Any, args: Any, kwargs: Any, _: Any) -> None:
-            before, after = (torch.from_numpy(x) for x in self._trajectory[i : i + 2])
+            x, after = (torch.from_numpy(x).reshape(args[0].shape) for x in self._trajectory[i : i + 2])
             if i == 0:
-                self.errors["embed"] = _relative(before, args[0].reshape(before.shape), args[0])
-            x = before.reshape(args[0].shape)
+                self.errors["embed"] = _layer_error(x, args[0], args[0])
             expected = layer.forward(x, *args[1:], **kwargs)
-            self.errors[name] = _relative(after.reshape(expected.shape), expected, expected - x)
+            self.errors[name] = _layer_error(after, expected, expected - x)
 
         return compare
 
 
-def _relative(actual: Any, expected: Any, size: Any) -> float:
-    """|actual - expected| / |size|; infinite where it is not a number."""
-    error = float((actual - expected).norm() / size.norm().clamp(min=1e-30))
-    return error if math.isfinite(error) else math.inf
+def _layer_error(actual: Any, expected: Any, added: Any) -> LayerError:
+    """[..., C] each. What fp32 itself loses in adding a small `added` to a large input is no error of the layer."""
+    own = 4 * np.finfo(np.float32).eps * expected.norm(dim=-1)  # [...]
+    rows = ((actual - expected).norm(dim=-1) - own).clamp(min=0)
+    size = added.norm(dim=-1).square().mean().sqrt().clamp(min=1e-30)  # of an average row
+    total, row = float(rows.square().mean().sqrt() / size), float(rows.max() / size)
+    return LayerError(total, row) if math.isfinite(total + row) else LayerError(math.inf, math.inf)
 
 
 def write_check(path: Path, inputs: Arrays, outputs: Arrays) -> None:
     """`check.npz`, as `runtime.parity.load_check` reads it."""
     arrays = {INPUT + k: v for k, v in inputs.items()} | {OUTPUT + k: v for k, v in outputs.items()}
     np.savez(path, allow_pickle=False, **arrays)
-
-
-def run_portable(c: ComponentConfig, graphs: Mapping[str, Path], inputs: Arrays, threads: int = 0) -> Arrays:
-    """The portable graphs in onnxruntime, on inputs as `check_inputs` makes them. threads 0: its default."""
-    if isinstance(c, LlamaConfig):
-        return {"logits": run_portable_llama(c, graphs["embed"], graphs["decoder"], inputs, threads)}
-    path = graphs["model"]
-    session = open_session(path, path.parent, threads)
-    names = [o.name for o in session.get_outputs()]
-    return dict(zip(names, session.run(names, inputs), strict=True))
-
-
-def run_portable_llama(
-    c: LlamaConfig, embed: Path, decoder: Path, inputs: Arrays, threads: int = 0
-) -> NDArray[np.float32]:
-    """Prefill, then one token at a time with past and present KV -> logits [steps + 1, vocab]."""
-    embed_session, session = (open_session(path, path.parent, threads) for path in (embed, decoder))
-    new = embed_session.run(["embeds"], {"input_ids": inputs["token_ids"]})[0]
-    empty = np.zeros((1, c.kv_heads, 0, c.head_width), np.float32)
-    past = {f"past.{i}.{part}": empty for i in range(c.layers) for part in ("key", "value")}
-    presents = [name.replace("past", "present") for name in past]
-    logits = []
-    for x in [inputs["embeds"], *np.split(new, len(new))]:
-        first, *present = session.run(["logits", *presents], {"inputs_embeds": x[None], **past})
-        logits.append(first[0])
-        past = dict(zip(past, present, strict=True))
-    return np.stack(logits)
 
 
 def run_probe(c: ComponentConfig, path: Path, inputs: Arrays, threads: int = 0) -> list[NDArray[np.float32]]:

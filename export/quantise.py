@@ -2,9 +2,9 @@
 hold them: weight = (code - zero) * scale, with an fp32 scale per block.
 
 Symmetric: zero is 2^(bits - 1), and the largest magnitude lies at the end of the range. Else every block has a zero of
-its own, and scale and zero are those of a few candidates that leave the smallest squared error: ranges of 1.0 to 0.82
-times the block's, the zero rounded down and up. On trained weights (SmolLM2, 4 bits in all layers) perplexity grows by
-21 % then, and by 28 % with the plain range.
+its own, and scale and zero are those of a few candidates that leave the smallest squared error: ranges of 1.0 and 0.9
+times the block's, the zero rounded down and up, each scale then fitted twice to the codes it gives. On trained weights
+(SmolLM2, 4 bits in all layers) perplexity grows by 28 % with the plain range and by 21 % with a search like this one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _ROW_VALUES = 1 << 18  # quantised at a time: what is in flight stays in the cache
-_RANGES = (1.0, 0.94, 0.88, 0.82)  # of a block's; the narrow ones clip its extremes
+_RANGES = (1.0, 0.9)  # of a block's; the narrow one clips its extremes
 
 U8 = NDArray[np.uint8]
 F32 = NDArray[np.float32]
@@ -53,6 +53,10 @@ class BlockFormat:
         blocks = self.blocks(shape[1])
         zeros = 0 if self.symmetric else -(-blocks * self.bits // 8)
         return shape[0] * (blocks * (self.block * self.bits // 8 + 4) + zeros)
+
+    def stored_name(self, tensor: str) -> str:
+        """What the weight file calls a tensor's arrays, before `.codes`, `.scales` and `.zeros`."""
+        return f"{tensor}.int{self.bits}x{self.block}"
 
     def to_json(self) -> dict[str, Any]:
         return {"bits": self.bits, "block": self.block, "symmetric": self.symmetric}
@@ -123,15 +127,26 @@ def _asymmetric(x: Tensor, form: BlockFormat) -> tuple[Tensor, Tensor]:
     lost = torch.full_like(low, torch.inf)
     best_scale, best_zero = torch.empty_like(low), torch.empty_like(low)
     for share in _RANGES:
-        scale = ((high - low) * (share / form.top)).clamp_(min=torch.finfo(torch.float32).tiny)
-        exact = low * -share / scale
+        start = ((high - low) * (share / form.top)).clamp_(min=torch.finfo(torch.float32).tiny)
+        exact = low * -share / start
         for zero in (exact.floor(), exact.ceil()):
             zero.clamp_(0, form.top)
+            scale = _fitted(x, _fitted(x, start, zero, form), zero, form)
             error = _encode(x, scale, zero, form).sub_(zero).mul_(scale).sub_(x).square_().sum(-1, keepdim=True)
             better = error < lost
             for kept, new in ((lost, error), (best_scale, scale), (best_zero, zero)):
                 torch.where(better, new, kept, out=kept)
     return best_scale, best_zero
+
+
+def _fitted(x: Tensor, scale: Tensor, zero: Tensor, form: BlockFormat) -> Tensor:
+    """The scale that suits the codes which `scale` gives best, by least squares; `scale` itself where all are zero."""
+    import torch
+
+    codes = _encode(x, scale, zero, form).sub_(zero)
+    size = codes.square().sum(-1, keepdim=True)
+    fitted = (codes * x).sum(-1, keepdim=True) / size.clamp(min=1)
+    return torch.where(fitted > 0, fitted, scale)
 
 
 def pack(codes: U8, form: BlockFormat) -> U8:
@@ -141,6 +156,13 @@ def pack(codes: U8, form: BlockFormat) -> U8:
     if codes.shape[-1] % 2:
         codes = np.concatenate([codes, np.zeros_like(codes[..., :1])], axis=-1)
     return np.bitwise_or(codes[..., 0::2], codes[..., 1::2] << 4, dtype=np.uint8)
+
+
+def unpack(packed: U8, form: BlockFormat) -> U8:
+    """What `pack` made, one code to a byte; where it filled a byte up, one code too many."""
+    if form.bits == 8:
+        return packed
+    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
 
 
 def _row_ranges(rows: int, width: int) -> Iterator[slice]:

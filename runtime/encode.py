@@ -107,7 +107,8 @@ def encode_tiles(
                 on_progress("tile encoder", rows.stop, len(grid))
                 started = perf_counter()
         _require_finite(x, f"{path}: tile", grid.xy0.tolist(), encoder.manifest)
-        made_by = Provenance("tile_encoder", encoder.manifest.weights, {"slide": reader.ref.provenance.digest})
+        facts = {"slide": reader.ref.provenance.digest, "precision": encoder.precision}
+        made_by = Provenance("tile_encoder", encoder.manifest.weights, facts)
         features = TileFeatures(x, grid, made_by)
         tiles = {"grid": grid.cells, "kept": len(grid), "failed": 0, "distinct_tokens": None}
         return Encoded(None, features, tiles, reader.ref, _slide_notes(reader, mask))
@@ -154,6 +155,22 @@ def require_own(encoded: Encoded, components: Mapping[str, EngineManifest], wher
             )
 
 
+def other_precisions(encoded: Encoded, components: Mapping[str, EngineManifest], target: str) -> tuple[str, ...]:
+    """Notes on features and tokens of a file that the bundle's own encoder made, but in another precision."""
+    made: list[tuple[str, object]] = []
+    if encoded.features is not None and maker_digest(encoded.features.provenance, "tile_encoder"):
+        made.append(("tile_encoder", encoded.features.provenance.settings.get("precision")))
+    if encoded.tokens is not None and maker_digest(encoded.tokens.provenance, "slide_encoder"):
+        settings = encoded.tokens.provenance.settings
+        made += [("slide_encoder", settings.get("precision")), ("tile_encoder", settings.get("tile_encoder_precision"))]
+    own = {name: components[name].compiled(target).precision for name, _ in made if name in components}
+    return tuple(
+        f"the {name} that made this input was {ascii(theirs)[1:-1]}, this bundle's is {own[name]}"
+        for name, theirs in made
+        if isinstance(theirs, str) and theirs != own.get(name, theirs)
+    )
+
+
 def encode_tokens(encoded: Encoded, position_tile: int | None, encoder: Engine, clock: Stopwatch) -> Encoded:
     """Tile features -> 576 slide tokens.
 
@@ -175,9 +192,13 @@ def encode_tokens(encoded: Encoded, position_tile: int | None, encoder: Engine, 
     _require_finite(out, "slide token", range(len(out)), encoder.manifest)
     distinct = min(len(features.grid), POOLED_TOKENS)
     divisor = position_tile or features.grid.patch_size_level0
-    settings = {"position_tile": divisor, "order": features.grid.order}
+    settings = {"position_tile": divisor, "order": features.grid.order, "precision": encoder.precision}
     tile_encoder = maker_digest(features.provenance, "tile_encoder")
-    settings |= {"tile_encoder": tile_encoder} if tile_encoder else {}
+    if tile_encoder:
+        settings |= {
+            "tile_encoder": tile_encoder,
+            "tile_encoder_precision": features.provenance.settings.get("precision"),
+        }
     made_by = Provenance("slide_encoder", encoder.manifest.weights, settings)
     notes: tuple[str, ...] = ()
     shared = shared_cells(positions)

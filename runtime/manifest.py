@@ -54,7 +54,8 @@ class EngineManifest:
     the outputs).
     profile: symbolic dimension -> (min, opt, max). check: stored input and fp32 reference output.
     targets: by target name. weights: identity of checkpoint and configuration, equal for every build of them
-    whatever the toolchain or precision; features and tokens name it. digest: of all its files.
+    whatever the toolchain or precision; features and tokens name it, and the precision beside it. digest: of all its
+    files.
     """
 
     name: str

@@ -20,6 +20,7 @@ from wsi_rt.runtime.encode import (
     input_kind,
     load_tiles,
     load_tokens,
+    other_precisions,
     require_own,
 )
 from wsi_rt.runtime.engines.base import Engine
@@ -93,7 +94,8 @@ class Pipeline:
             encoder = self._engine("tile_encoder")
             encoded = encode_tiles(path, settings, encoder, self.bundle.threads, clock, on_progress)
         require_own(encoded, self.bundle.manifest.components, str(path))
-        notes = (*ignored_settings(kind, settings), *encoded.notes)
+        others = other_precisions(encoded, self.bundle.manifest.components, self.bundle.target)
+        notes = (*ignored_settings(kind, settings), *encoded.notes, *others)
         encoded = replace(encoded, notes=notes, settings=settings)
         if tokens and encoded.tokens is None:
             on_progress("slide encoder", 0, 1)

@@ -6,6 +6,7 @@ Weights go straight to an external data file as they are added, so a graph never
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ OPSET = 21  # DequantizeLinear in blocks and 4-bit integers; Gelu since 20
 IR_VERSION = 10
 ORT_DOMAIN = "com.microsoft"
 OUR_DOMAIN = "wsi_rt"
+BOUNDARIES = "wsi_rt.layer_boundaries"  # metadata key
 _INLINE_BYTES = 1024  # smaller weights stay in the graph, where shape inference can read them
 _ALIGN = 4096  # offsets that can be memory-mapped page by page
 
@@ -54,6 +56,14 @@ class WeightFile:
         self._written[name] = tensor
         return tensor
 
+    def read(self, name: str) -> NDArray[np.uint8]:
+        """The bytes of a tensor that was written."""
+        tensor = self._written[name]
+        where = {e.key: e.value for e in tensor.external_data}
+        if not where:
+            return np.frombuffer(tensor.raw_data, np.uint8)
+        return np.fromfile(self.path, np.uint8, count=int(where["length"]), offset=int(where["offset"]))
+
 
 class GraphBuilder:
     """Builds one graph (or, with no weight file, the body of one function)."""
@@ -68,6 +78,7 @@ class GraphBuilder:
         self._functions: dict[str, onnx.FunctionProto] = {}
         self._scope: list[str] = []
         self._used: dict[str, int] = {}
+        self.boundaries: list[str] = []  # values between layers, in order; the model's metadata names them
 
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
@@ -171,6 +182,7 @@ class GraphBuilder:
             functions=list(self._functions.values()),
             producer_name="wsi-rt",
         )
+        helper.set_model_props(model, {BOUNDARIES: json.dumps(self.boundaries)})
         path.write_bytes(model.SerializeToString(deterministic=True))
 
 

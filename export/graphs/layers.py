@@ -30,7 +30,6 @@ class Graph:
 
     def __init__(self, name: str, source: WeightSource, weights: WeightFile, style: Style) -> None:
         self.b, self.source, self.style = GraphBuilder(name, weights), source, style
-        self._probes = 0
 
     def tensor(self, name: str) -> str:
         """A tensor of the checkpoint under its own name."""
@@ -44,8 +43,8 @@ class Graph:
     def layer_boundary(self, x: str, dims: Dims) -> None:
         """`x` goes into the first layer, or came out of the next one."""
         if self.style.probe:
-            self.b.output(x, f"probe.{self._probes}", FLOAT, dims)
-            self._probes += 1
+            self.b.output(x, f"probe.{len(self.b.boundaries)}", FLOAT, dims)
+        self.b.boundaries.append(x)
 
     def make_layer_norm(self, x: str, name: str, eps: float) -> str:
         with self.b.scope(name.rsplit(".", 1)[-1]):

@@ -58,7 +58,7 @@ class BlockLinears(Linears):
         out, inputs = g.source.shapes()[f"{name}.weight"]
         dims, integers = [out, form.blocks(inputs)], TensorProto.UINT4 if form.bits == 4 else TensorProto.UINT8
         matrix = (integers, [out, dims[1] * form.block]) if standard else None
-        kind = f"{name}.weight.int{form.bits}x{form.block}"
+        kind = form.stored_name(f"{name}.weight")
         names = [
             g.b.weight(f"{kind}.codes", lambda: blocks().packed_codes(), matrix),
             g.b.weight(f"{kind}.scales", lambda: blocks().scales),

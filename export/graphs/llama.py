@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from wsi_rt.export.arch import EMBED_TOKENS, LlamaConfig
+from wsi_rt.export.arch import EMBED_TOKENS, LM_HEAD, LlamaConfig
 from wsi_rt.export.graphs.builder import ORT_DOMAIN, GraphBuilder, WeightFile
 from wsi_rt.export.graphs.layers import FLOAT, Graph, Style, activation, attention, reshape
-from wsi_rt.export.sources.rounded import with_head
+from wsi_rt.export.sources.stored import with_head
 from wsi_rt.export.sources.weights import WeightSource
 
 
@@ -70,12 +70,7 @@ class LlamaGraph(Graph):
         with b.scope("head"):
             last = b.op("Slice", [x, b.constant([-1]), b.constant([2**62]), b.constant([1])])
             last = self.make_norm(b.op("Squeeze", [last, b.constant([1])]), "model.norm")
-            b.output(
-                self.make_linear(last, EMBED_TOKENS if c.tied_embeddings else "lm_head"),
-                "logits",
-                FLOAT,
-                ["batch", c.vocab],
-            )
+            b.output(self.make_linear(last, LM_HEAD), "logits", FLOAT, ["batch", c.vocab])
         b.save(path)
 
     def make_layer(self, x: str, i: int) -> str:

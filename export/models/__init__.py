@@ -14,7 +14,7 @@ from wsi_rt.export.arch import (
     ViTConfig,
 )
 from wsi_rt.export.models.streaming import stream_weights
-from wsi_rt.export.sources.rounded import with_head
+from wsi_rt.export.sources.stored import with_head
 from wsi_rt.export.sources.weights import WeightSource
 
 if TYPE_CHECKING:

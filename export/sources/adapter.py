@@ -21,11 +21,8 @@ _INERT = {
     "auto_mapping",
     "base_model_name_or_path",
     "eva_config",
-    "exclude_modules",
     "fan_in_fan_out",
     "inference_mode",
-    "layers_pattern",
-    "layers_to_transform",
     "loftq_config",
     "lora_dropout",
     "megatron_core",
@@ -33,28 +30,59 @@ _INERT = {
     "qalora_group_size",
     "revision",
     "runtime_config",
-    "target_modules",
     "task_type",
+    "unsloth_fixed",
 }
 _READ = {
     "alpha_pattern",
     "bias",
+    "exclude_modules",
     "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
     "lora_alpha",
     "modules_to_save",
     "peft_type",
     "r",
     "rank_pattern",
+    "target_modules",
     "use_rslora",
 }
 # Initialisations that leave the base as it was; the others (PiSSA, OLoRA, CorDA, LoftQ, ...) rewrite it.
 _PLAIN_INIT = (True, False, "gaussian", "eva", "orthogonal")
+_ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Which of the base's modules the adapter changes, by peft's rules.
+
+    `names`: names or their ends; a regular expression of whole names; "all-linear"; None when nothing is said.
+    `layers`: the chosen decoder layers, or None for all.
+    """
+
+    names: tuple[str, ...] | str | None
+    layers: tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] = ()
+    excluded: tuple[str, ...] | str = ()
+
+    def take(self, module: str) -> bool:
+        """Whether a Linear of a decoder layer, `model.layers.0.mlp.up_proj`, is one of them."""
+        if self.names is None or _named(module, self.excluded):
+            return False
+        if isinstance(self.names, str):  # over which peft takes no choice of layers
+            return self.names.lower() == _ALL_LINEAR or _named(module, self.names)
+        return module in self.names or (_named(module, self.names) and self._chosen(module))
+
+    def _chosen(self, module: str) -> bool:
+        patterns = [rf"(?:^|.*?\.){p}" for p in self.layers_pattern] or [r".*?\.[^.]*"]
+        index = next((int(m["i"]) for p in patterns if (m := re.match(rf"{p}\.(?P<i>\d+)\.", module))), None)
+        return self.layers is None or index in self.layers
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """`targets`: the module names every decoder layer must bring tensors for; None when the configuration chooses
-    layers by other means. `saved`: modules whose whole weights the adapter holds."""
+    """`saved`: modules whose whole weights the adapter holds."""
 
     label: str
     rank: int
@@ -62,7 +90,7 @@ class AdapterConfig:
     rslora: bool
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
-    targets: tuple[str, ...] | None
+    targets: Targets
     saved: tuple[str, ...]
     base: str | None
 
@@ -82,7 +110,10 @@ class AdapterConfig:
     def local_base(self, folder: Path) -> Path | None:
         """The base that the adapter names, when it is a folder here: beside the adapter, or where we stand."""
         places = (folder / self.base, Path(self.base)) if self.base else ()
-        return next((p.resolve() for p in places if p.is_dir()), None)
+        try:
+            return next((p.resolve() for p in places if p.is_dir()), None)
+        except OSError:  # a name too long for any folder
+            return None
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
@@ -102,18 +133,21 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         rslora=f.flag("use_rslora", default=False),
         rank_pattern=rank_pattern,
         alpha_pattern=_pattern(f, data, "alpha_pattern"),
-        targets=_targets(data),
+        targets=_targets(f, data),
         saved=tuple(_strings(f, data, "modules_to_save")),
         base=base if isinstance(base, str) and base else None,
     )
 
 
 def _refuse_other_arithmetic(f: Fields, data: Mapping[str, Any]) -> None:
-    if data.get("peft_type", "LORA") != "LORA":
-        f.refuse("peft_type", data["peft_type"], "LORA, the only adapter supported: merge it with peft first")
-    init = data.get("init_lora_weights", True)
+    kind, init = data.get("peft_type", "LORA"), data.get("init_lora_weights", True)
+    if kind != "LORA":
+        raise CheckpointError(f"{f.label}: peft_type = {kind!r}, expected LORA; merge it with peft first")
     if init not in _PLAIN_INIT:
-        f.refuse("init_lora_weights", init, f"one of {_PLAIN_INIT}: others rewrite the base; merge it with peft first")
+        raise CheckpointError(
+            f"{f.label}: init_lora_weights = {init!r}, which trains over a rewritten base, expected one of "
+            f"{', '.join(map(str, _PLAIN_INIT))}; merge it with peft first"
+        )
     if data.get("bias", "none") not in ("none", "all", "lora_only"):
         f.refuse("bias", data["bias"], "none, all or lora_only")
     other = sorted(k for k, v in data.items() if v and k not in _INERT | _READ)
@@ -130,11 +164,15 @@ def _pattern(f: Fields, data: Mapping[str, Any], key: str) -> dict[str, Any]:
     for pattern, value in given.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e9:
             f.refuse(key, given, "numbers above 0")
-        try:
-            re.compile(pattern)
-        except re.error as e:
-            raise CheckpointError(f"{f.label}: {key} has {pattern!r} ({e}), expected a regular expression") from e
+        _require_pattern(f, key, pattern)
     return dict(given)
+
+
+def _require_pattern(f: Fields, key: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as e:
+        raise CheckpointError(f"{f.label}: {key} has {pattern!r} ({e}), expected a regular expression") from e
 
 
 def _matching(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
@@ -149,8 +187,35 @@ def _strings(f: Fields, data: Mapping[str, Any], key: str) -> list[str]:
     return given
 
 
-def _targets(data: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """Names only: a regular expression, "all-linear" or a choice of layers is peft's to read, not ours."""
-    targets = data.get("target_modules")
-    chosen = data.get("layers_to_transform") is not None or data.get("exclude_modules")
-    return None if chosen or not isinstance(targets, list) else tuple(str(t) for t in targets)
+def _targets(f: Fields, data: Mapping[str, Any]) -> Targets:
+    """What peft was told to change, every kind of telling."""
+    layers = data.get("layers_to_transform")
+    layers = [layers] if isinstance(layers, int) else layers or None
+    if layers is not None and not (isinstance(layers, list) and all(isinstance(i, int) for i in layers)):
+        f.refuse("layers_to_transform", layers, "a whole number or a list of them")
+    patterns = data.get("layers_pattern") or ()
+    patterns = (patterns,) if isinstance(patterns, str) else tuple(_strings(f, data, "layers_pattern"))
+    for pattern in patterns:
+        _require_pattern(f, "layers_pattern", pattern)
+    return Targets(
+        names=_names(f, data, "target_modules") or None,
+        layers=None if layers is None else tuple(layers),
+        layers_pattern=patterns,
+        excluded=_names(f, data, "exclude_modules"),
+    )
+
+
+def _names(f: Fields, data: Mapping[str, Any], key: str) -> tuple[str, ...] | str:
+    """A list of names, or one string: a regular expression (or "all-linear")."""
+    given = data.get(key)
+    if not isinstance(given, str):
+        return tuple(_strings(f, data, key))
+    _require_pattern(f, key, given)
+    return given
+
+
+def _named(module: str, names: tuple[str, ...] | str) -> bool:
+    """peft's rule: a string matches the whole name; one of a list is the name, or follows one of its dots."""
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(module == n or module.endswith(f".{n}") for n in names)

@@ -24,11 +24,13 @@ TILE, SLIDE, PROJECTOR, LLM = "tile_encoder", "slide_encoder", "projector", "llm
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Components by name; `tokenizer` is a path, or None for the synthetic one."""
+    """Components by name; `tokenizer` is a path, or None for the synthetic one. `sources` are the words it was asked
+    for by, with the base that an adapter names itself: they ask for the same from any folder, once made absolute."""
 
     parts: Mapping[str, Part]
     tokenizer: Path | None
     synthetic: bool
+    sources: Sources
 
     @property
     def digest(self) -> str:
@@ -62,7 +64,7 @@ def resolve(sources: Sources) -> Checkpoint:
 
     Raises CheckpointError naming what is missing, unexpected, misshapen or unsupported.
     """
-    sources = _expand(sources)
+    asked, sources = sources, _expand(sources)
     parts: dict[str, Part] = {}
     tokenizer = Path(sources.tokenizer) if sources.tokenizer else None
     synthetic = False
@@ -74,12 +76,17 @@ def resolve(sources: Sources) -> Checkpoint:
         synthetic = True
         parts |= {name: _synthetic(sources.llava, name) for name in (PROJECTOR, LLM)}
         if sources.llava_base:
-            raise CheckpointError(f"--llava-base {sources.llava_base} goes with projector weights, not {sources.llava}")
+            raise CheckpointError(
+                f"--llava-base {sources.llava_base} goes with a LoRA adapter or projector weights, not with "
+                f"{sources.llava}; leave it out"
+            )
     elif sources.llava:
         base = Path(sources.llava_base) if sources.llava_base else None
         llava = load_llava(Path(sources.llava), base)
         parts |= llava.parts
         tokenizer = tokenizer or llava.tokenizer
+        if base is None and llava.base is not None:  # found where the adapter says, from where we stand
+            asked = replace(asked, llava_base=str(llava.base))
     elif sources.llava_base:
         raise CheckpointError(f"--llava-base {sources.llava_base} needs --llava, the adapter or projector over it")
     if not parts:
@@ -87,7 +94,7 @@ def resolve(sources: Sources) -> Checkpoint:
     parts = _fit(parts)
     for name, part in parts.items():
         check_tensors(part.source, part.config.tensors(), name)
-    return Checkpoint(parts, tokenizer, synthetic)
+    return Checkpoint(parts, tokenizer, synthetic, asked)
 
 
 def _expand(sources: Sources) -> Sources:

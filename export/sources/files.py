@@ -2,12 +2,17 @@
 
 A folder is searched in transformers' order: `model.safetensors`, its index with shards, and only then
 `pytorch_model.bin` and its index. Where both formats lie in a folder the `.bin` files are not looked at.
+
+A file whose size or time of change is another than when it was opened is refused, whether a tensor is read or the
+digest is made: the weights that are checked, read and hashed are the same. Zip archives of torch carry checksums, which
+the digest's pass verifies; safetensors carry none.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,19 +20,22 @@ from typing import Any, Protocol
 from wsi_rt.export.arch import Shapes
 from wsi_rt.export.sources.safetensors_file import SafetensorsFile
 from wsi_rt.export.sources.torch_file import TorchFile
-from wsi_rt.export.sources.weights import F32, WeightSource, few, require_finite
-from wsi_rt.runtime.errors import CheckpointError
-from wsi_rt.runtime.hashing import sha256_file
+from wsi_rt.export.sources.weights import F32, WeightSource, few, plain, require_finite
+from wsi_rt.runtime.errors import CheckpointError, MachineError
 
 _TORCH = (".bin", ".pth", ".pt")
 _FAMILIES = (("model", (".safetensors",)), ("pytorch_model", _TORCH))  # the first that lies in a folder is read
 _FLOATS = ("torch.float16", "torch.bfloat16", "torch.float32", "torch.float64")
 _LFS = b"version https://git-lfs"
+_NAME_BYTES = 255  # the longest file name of every common file system
 _TRAINING = ("optimizer", "rng_state", "scaler", "scheduler", "training_args")  # beside weights, and no weights
 
 
 class TensorFile(Protocol):
-    """One open file; `tensor` gives a torch tensor in the file's dtype, `release` frees what is held meanwhile."""
+    """One open file; `tensor` gives a torch tensor in the file's dtype, `release` frees what is held meanwhile.
+
+    `sha256` reads the whole file, and raises CheckpointError where the format carries checksums and one is wrong.
+    """
 
     path: Path
     shapes: Shapes
@@ -35,6 +43,8 @@ class TensorFile(Protocol):
     def tensor(self, name: str) -> Any: ...
 
     def release(self) -> None: ...
+
+    def sha256(self) -> str: ...
 
 
 class FileSource(WeightSource):
@@ -45,6 +55,7 @@ class FileSource(WeightSource):
 
     def __init__(self, files: list[Path], label: str, placed: Mapping[str, str] | None = None) -> None:
         self.label = label
+        self._states = {path: _state(path) for path in files}  # before anything of them is read
         self._files = [_open_file(path) for path in files]
         self._where: dict[str, TensorFile] = {}
         self._last: TensorFile | None = None
@@ -73,7 +84,7 @@ class FileSource(WeightSource):
         if self._last not in (None, file):
             self._last.release()  # type: ignore[union-attr]
         self._last = file
-        tensor = file.tensor(name)
+        tensor = self._read(file, name)
         if str(tensor.dtype) not in _FLOATS:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise CheckpointError(
@@ -82,11 +93,40 @@ class FileSource(WeightSource):
             )
         return require_finite(tensor.float().contiguous().numpy(), name, str(file.path))
 
+    def _read(self, file: TensorFile, name: str) -> Any:
+        self._require_unchanged(file)  # first: touching a mapping of a file cut short would end the process
+        try:
+            tensor = file.tensor(name)
+        except (CheckpointError, MachineError, MemoryError):
+            raise
+        except Exception as e:  # whatever a library says of a file that was whole when it was opened
+            self._require_unchanged(file)
+            raise CheckpointError(f"{file.path}: tensor {name} is not readable ({plain(e)}); download it again") from e
+        self._require_unchanged(file)
+        return tensor
+
+    def _require_unchanged(self, file: TensorFile) -> None:
+        if _state(file.path) != self._states[file.path]:
+            raise CheckpointError(
+                f"{file.path}: changed while it was read (another size or time of change than when it was opened), "
+                "expected a file that nothing writes to; run again once it is whole"
+            )
+
     def digest(self) -> str:
         if self._digest is None:  # two components may share the files: 13 GB are not read twice
-            digests = (sha256_file(file.path) for file in self._files)
+            digests = [self._hashed(file) for file in self._files]
             self._digest = hashlib.sha256("".join(digests).encode()).hexdigest()
         return self._digest
+
+    def _hashed(self, file: TensorFile) -> str:
+        self._require_unchanged(file)
+        try:
+            digest = file.sha256()
+        except OSError as e:
+            raise CheckpointError(f"{file.path}: not readable ({e.strerror}); check the disk") from e
+        finally:
+            self._require_unchanged(file)
+        return digest
 
 
 def open_weights(path: Path, prefer: str | None = None) -> FileSource:
@@ -134,6 +174,15 @@ def _in_folder(folder: Path, stem: str, suffixes: tuple[str, ...]) -> FileSource
     return FileSource(files, str(folder)) if files else None
 
 
+def _state(path: Path) -> tuple[int, int] | None:
+    """Size in bytes and time of change in ns; None for a file that is not there."""
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return None
+    return stat.st_size, stat.st_mtime_ns
+
+
 def _open_file(path: Path) -> TensorFile:
     refuse_pointer(path)
     if path.suffix == ".safetensors":
@@ -161,9 +210,14 @@ def _placement(index: Path) -> dict[str, str]:
     refuse_pointer(index)
     try:
         weight_map = json.loads(index.read_text(), object_pairs_hook=_once)["weight_map"]
-        return {str(tensor): str(file) for tensor, file in weight_map.items()}
+        placed = {str(tensor): str(file) for tensor, file in weight_map.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise CheckpointError(f"{index}: not a shard index ({e}), expected a JSON object with `weight_map`") from e
+    if not placed:
+        raise CheckpointError(
+            f"{index}: its `weight_map` is empty, expected tensors by shard; download the index again"
+        )
+    return placed
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -177,15 +231,26 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _shards(index: Path, placed: Mapping[str, str]) -> list[Path]:
     names = sorted(set(placed.values()))
-    outside = [n for n in names if Path(n).name != n]
+    outside = [n for n in names if not _is_file_name(n)]
     if outside:
-        raise CheckpointError(f"{index}: shard {outside[0]!r} is no file beside it; download the index again")
+        told = repr(outside[0] if len(outside[0]) <= 80 else f"{outside[0][:77]}...")
+        raise CheckpointError(f"{index}: shard {told} is no file beside it; download the index again")
     missing = [n for n in names if not (index.parent / n).is_file()]
     if missing:
         raise CheckpointError(
             f"{index}: shard {missing[0]} is missing ({len(missing)} of {len(names)}); download it again"
         )
     return [index.parent / n for n in names]
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether it can name a file of one folder, and of nowhere else; a backslash leads out on Windows."""
+    if name in ("", ".", "..") or any(c in name for c in "/\\\0"):
+        return False
+    try:
+        return len(name.encode()) <= _NAME_BYTES
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell
+        return False
 
 
 def read_json_object(path: Path, optional: bool = False) -> dict[str, Any]:

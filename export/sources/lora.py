@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,8 +35,9 @@ class _Delta:
 class LoraSource(WeightSource):
     """`base` with an adapter's changes. Of the base, the adapter and the result one tensor is in memory at a time.
 
-    Raises CheckpointError when it is made: tensors of the adapter that belong to none of the base, one factor without
-    the other, a rank that is not the configuration's, layers left out.
+    Tensors of a module that the configuration saves whole may be new to the base: LLaVA's projector over Vicuna.
+    Raises CheckpointError when it is made: other tensors of the adapter that belong to none of the base, one factor
+    without the other, a rank that is not the configuration's, layers left out.
     """
 
     def __init__(self, adapter: WeightSource, base: WeightSource, config: AdapterConfig) -> None:
@@ -57,6 +58,8 @@ class LoraSource(WeightSource):
             factor = _FACTOR.match(name)
             target = f"{factor['module']}.weight" if factor else _WRAPPED.sub(".", name)
             own = _in_base(target, self._shapes)
+            if own is None and not factor and self._saves(_bare(target)):
+                own = _bare(target)
             if own is None:
                 strangers.append(name)
             elif factor:
@@ -71,6 +74,10 @@ class LoraSource(WeightSource):
                 f"{self._base.label} ({few(strangers)}), expected factors lora_A and lora_B of its modules; give the "
                 "base it was trained on"
             )
+
+    def _saves(self, name: str) -> bool:
+        """Whether the tensor is one of a module that the configuration saves whole, or of a module within it."""
+        return _is_within(name, self._config.saved)
 
     def _once(self, names: dict[str, str], key: str, name: str) -> None:
         if key in names:
@@ -101,15 +108,21 @@ class LoraSource(WeightSource):
         delta.scale = self._config.scale_of(module)
 
     def _refuse_gaps(self) -> None:
-        """Half an adapter would merge without a word: each target in each decoder layer, each saved module."""
-        targets = self._config.targets or ()
-        wanted = (n for n in self._shapes if n.endswith(".weight") and _LAYER.search(n))
-        missing = [n for n in wanted if n not in self._deltas and _is_module(n.removesuffix(".weight"), targets)]
-        held = [n.rpartition(".")[0] for n in self._replaced]
-        missing += [m for m in self._config.saved if not any(_is_module(h, (m,)) for h in held)]
+        """Half an adapter would merge without a word: every module that the configuration takes must be there. Where
+        it takes none that we know, what is changed in one decoder layer must be in all of them."""
+        linears = [n.removesuffix(".weight") for n, s in self._shapes.items() if _LAYER.search(n) and len(s) == 2]
+        changed = {n.removesuffix(".weight") for n in self._deltas}
+        wanted, why = [m for m in linears if self._config.targets.take(m) and not self._saves(f"{m}.weight")], "names"
+        if not wanted and self._config.targets.layers is None:
+            kinds = {_LAYER.sub("", m) for m in changed if _LAYER.search(m)}
+            wanted, why = [m for m in linears if _LAYER.sub("", m) in kinds], "means (others of their kind are changed)"
+        missing = [m for m in wanted if m not in changed]
+        absent = [m for m in self._config.saved if not any(_is_within(name, (m,)) for name in self._replaced)]
+        saved = [n for n in self._shapes if self._saves(n) and not _is_within(n, absent)]
+        missing += absent + [n for n in saved if n not in self._replaced]
         if missing:
             raise CheckpointError(
-                f"{self._adapter.label}: {len(missing)} modules that {self._config.label} names have no tensors "
+                f"{self._adapter.label}: {len(missing)} modules that {self._config.label} {why} have no tensors "
                 f"({few(missing)}); download the adapter again"
             )
 
@@ -154,5 +167,15 @@ def _unwrapped(name: str) -> Iterator[str]:
         yield name
 
 
-def _is_module(module: str, names: tuple[str, ...]) -> bool:
-    return any(module == n or module.endswith(f".{n}") for n in names)
+def _is_within(name: str, modules: Iterable[str]) -> bool:
+    """Whether a tensor belongs to one of these modules, or to a module within it."""
+    return any(f".{module}." in f".{name}" for module in modules)
+
+
+def _bare(name: str) -> str:
+    """The name that a tensor new to the base had before peft wrapped the model, each time `base_model.model.`."""
+    while name.startswith("base_model."):
+        name = name.removeprefix("base_model.").removeprefix("model.")
+    while name.startswith("model.model."):
+        name = name.removeprefix("model.")
+    return name

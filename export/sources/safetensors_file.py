@@ -1,4 +1,8 @@
-"""One `.safetensors` file, tensor by tensor."""
+"""One `.safetensors` file, tensor by tensor.
+
+The format carries no checksum: a bit that flips in the data and leaves a finite number is read as that number, and
+shows only against a digest published with the file.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from wsi_rt.export.arch import Shapes
 from wsi_rt.runtime.errors import CheckpointError, MachineError
+from wsi_rt.runtime.hashing import sha256_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +32,10 @@ class SafetensorsFile:
 
     def release(self) -> None:
         """Nothing is held between two calls."""
+
+    def sha256(self) -> str:
+        """Hex, of the whole file."""
+        return sha256_file(self.path)
 
 
 def _open(path: Path) -> Any:

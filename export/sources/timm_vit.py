@@ -11,9 +11,12 @@ import numpy as np
 from wsi_rt.export.arch import IMAGENET_MEAN, IMAGENET_STD, Shapes, ViTConfig
 from wsi_rt.export.sources.fields import Fields
 from wsi_rt.export.sources.files import open_weights, read_json_object
-from wsi_rt.export.sources.weights import F32, Part, Renamed, WeightSource
+from wsi_rt.export.sources.weights import F32, Part, Renamed, WeightSource, plain
 from wsi_rt.runtime.errors import CheckpointError, MachineError
 from wsi_rt.runtime.types import TILE_PX
+
+# Arguments of timm.create_model that make it read other files, or fetch them.
+_ELSEWHERE = ("checkpoint_path", "cache_dir", "pretrained")
 
 # Tile encoders whose architecture is known without timm. Others are looked up in timm itself.
 _KNOWN: dict[str, dict[str, Any]] = {
@@ -42,6 +45,7 @@ def load_timm_directory(path: Path) -> Part:
             f"{config_path}: not a timm config (architecture = {name!r}, model_args {args!r:.80}), expected the name "
             "of a timm model and an object"
         )
+    args = _own_arguments(name, args, config_path)
     preparation = Fields({k: v for k, v in pretrained.items() if v is not None}, str(config_path))
     if "img_size" not in args and preparation.given("input_size"):
         args = {**args, "img_size": preparation.wholes("input_size")[-1]}
@@ -59,6 +63,22 @@ def load_timm_directory(path: Path) -> Part:
     weights = Renamed(stored, lambda n: None if n.startswith("head.") else n)
     config = _fit_mlp(config, weights.shapes())
     return Part(config, _Resampled(weights, config), ignored=len(stored.shapes()) - len(weights.shapes()))
+
+
+def _own_arguments(name: str, args: dict[str, Any], config_path: Path) -> dict[str, Any]:
+    """model_args without those that are off; CheckpointError for whatever sends timm to another place than `path`."""
+    if ":" in name:
+        raise CheckpointError(
+            f"{config_path}: architecture = {name!r} names a place, expected a model of timm; write its name alone"
+        )
+    elsewhere = {k: v for k, v in args.items() if k.startswith(_ELSEWHERE)}
+    told = [f"{k} = {v!r}"[:120] for k, v in elsewhere.items() if v]
+    if told:
+        raise CheckpointError(
+            f"{config_path}: model_args has {', '.join(told)}, expected the shape of the model (its weights lie beside "
+            "config.json); remove it"
+        )
+    return {k: v for k, v in args.items() if k not in elsewhere}
 
 
 def _fit_mlp(config: ViTConfig, shapes: Shapes) -> ViTConfig:
@@ -93,7 +113,6 @@ def _known(name: str, f: Fields, args: dict[str, Any]) -> ViTConfig:
         "num_classes",
         "global_pool",
         "dynamic_img_size",
-        "pretrained",
     }
     fixed = {"global_pool": "token", "in_chans": 3}
     unknown = sorted(n for n, v in args.items() if n not in allowed or fixed.get(n, v) != v)
@@ -127,12 +146,21 @@ def _from_timm(name: str, args: dict[str, Any]) -> ViTConfig:
             f"tile encoder {name!r} needs timm, which does not import ({e}): "
             "pip install '.[export]' in a checkout of wsi-rt"
         ) from e
+    if not timm.is_model(name):
+        raise CheckpointError(
+            f"tile encoder {name!r} is no model of timm {timm.__version__}, expected one of its VisionTransformers; "
+            "correct architecture in config.json"
+        )
     try:
         with torch.device("meta"):
             model = timm.create_model(name, pretrained=False, **{**args, "num_classes": 0})
-    except (RuntimeError, TypeError, AssertionError, ValueError, ArithmeticError) as e:
-        raise CheckpointError(f"timm cannot build {name!r} with {args}: {e}") from e
-    return describe_timm(model, name)
+        return describe_timm(model, name)
+    except (CheckpointError, MemoryError):
+        raise
+    except Exception as e:  # what arguments of the wrong kind lead to, which can be anything
+        raise CheckpointError(
+            f"timm cannot build {name!r} with {str(args)[:200]}: {plain(e, 300)}; correct model_args in config.json"
+        ) from e
 
 
 def describe_timm(model: Any, name: str) -> ViTConfig:

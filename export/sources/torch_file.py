@@ -4,26 +4,35 @@
 counts as the process's memory, so it is mapped anew every _MAPPED_BYTES: memory does not grow with the file.
 Files from before PyTorch 1.6 are no zip archives and cannot be mapped: they are read whole, and released when the
 next file is needed.
+
+A zip archive has a CRC-32 per record. `sha256`, which reads every byte anyway, holds each against its bytes; reading
+a tensor does not. Legacy files, and archives that `torch.save` was told to write without (they hold zeros), have none.
 """
 
 from __future__ import annotations
 
 import gc
+import hashlib
 import re
 import warnings
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from wsi_rt.export.arch import Shapes
-from wsi_rt.export.sources.weights import few
+from wsi_rt.export.sources.weights import few, plain
 from wsi_rt.runtime.errors import CheckpointError, MachineError
+from wsi_rt.runtime.hashing import sha256_file
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _MAPPED_BYTES = 1 << 27  # mapping a 10 GB shard anew takes about 0.1 s: once per 128 MB is nothing
 _ZIP_MAGIC = b"PK\x03\x04"
+_LOCAL_HEADER_BYTES = 30  # then the record's name and an extra field, whose lengths are its last two words
+_READ_BYTES = 1 << 22
 _WRAPPERS = ("model", "state_dict", "module")  # what training scripts put a state dict under
 _MOST_WRAPPERS = 3
 
@@ -54,10 +63,71 @@ class TorchFile:
         if touched:
             gc.collect()  # torch.load's own closures form a cycle that keeps the mapping
 
+    def sha256(self) -> str:
+        """Hex, of the whole file. Raises CheckpointError naming the record whose bytes do not have its CRC-32."""
+        if self.legacy:
+            return sha256_file(self.path)
+        digest = hashlib.sha256()
+        with self.path.open("rb") as f:
+            for record in _records(f, self.path):
+                _feed(f, digest, record.start - f.tell())
+                if _feed(f, digest, record.size) != record.crc and record.crc is not None:
+                    raise CheckpointError(
+                        f"{self.path}: record {record.name} does not have the checksum stored with it, so its bytes "
+                        "were damaged; download it again"
+                    )
+            _feed(f, digest, None)
+        return digest.hexdigest()
+
     def _load(self) -> dict[str, Tensor]:
         if self._tensors is None:
             self._tensors = _state_dict(_unpickle(self.path, self.legacy), self.path)
         return self._tensors
+
+
+class _Record(NamedTuple):
+    """Where a record's data lies in the file, and its CRC-32: None where the archive was written without any."""
+
+    start: int
+    size: int
+    crc: int | None
+    name: str
+
+
+def _records(f: BinaryIO, path: Path) -> list[_Record]:
+    """Every record of the archive in the file's order; leaves `f` at its start."""
+    out: list[_Record] = []
+    try:
+        infos = sorted(zipfile.ZipFile(f).infolist(), key=lambda i: i.header_offset)
+        checked = any(i.CRC for i in infos)
+        for i in infos:
+            f.seek(i.header_offset)
+            header = f.read(_LOCAL_HEADER_BYTES)
+            lengths = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
+            start = i.header_offset + len(header) + sum(lengths)
+            end = out[-1].start + out[-1].size if out else 0
+            if not header.startswith(_ZIP_MAGIC) or i.header_offset < end or i.compress_type != zipfile.ZIP_STORED:
+                raise zipfile.BadZipFile(f"record {i.filename} is not stored as torch.save does")
+            out.append(_Record(start, i.file_size, i.CRC if checked else None, i.filename))
+    except Exception as e:  # a damaged directory can make zipfile raise anything
+        if isinstance(e, MemoryError):
+            raise
+        raise CheckpointError(f"{path}: not a readable PyTorch file ({plain(e)}); download it again") from e
+    f.seek(0)
+    return out
+
+
+def _feed(f: BinaryIO, digest: Any, count: int | None) -> int:
+    """The next `count` bytes (None: all that follow) into `digest`, a chunk at a time; their CRC-32."""
+    crc = 0
+    while count is None or count > 0:
+        chunk = f.read(_READ_BYTES if count is None else min(count, _READ_BYTES))
+        if not chunk:
+            break
+        digest.update(chunk)
+        crc = zlib.crc32(chunk, crc)
+        count = None if count is None else count - len(chunk)
+    return crc
 
 
 def _unpickle(path: Path, legacy: bool) -> Any:
@@ -77,8 +147,7 @@ def _unpickle(path: Path, legacy: bool) -> Any:
                 f"{path}: its pickle asks for {code[1]}, which is no tensor and was not run; expected tensors only: "
                 "save the state dict alone, or as .safetensors"
             ) from e
-        reason = " ".join(str(e).split())[:160] or type(e).__name__
-        raise CheckpointError(f"{path}: not a readable PyTorch file ({reason}); download it again") from e
+        raise CheckpointError(f"{path}: not a readable PyTorch file ({plain(e)}); download it again") from e
 
 
 def _state_dict(data: Any, path: Path) -> dict[str, Tensor]:

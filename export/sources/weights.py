@@ -48,13 +48,24 @@ class Part:
 
 
 class Renamed(WeightSource):
-    """Part of another source under other names: `rename(name)` gives the new name, or None to leave it out."""
+    """Part of another source under other names: `rename(name)` gives the new name, or None to leave it out.
+
+    Raises CheckpointError when two of the source's names stand for one tensor.
+    """
 
     def __init__(self, source: WeightSource, rename: Callable[[str], str | None]) -> None:
         self.label = source.label
         self._source = source
-        pairs = ((rename(name), name) for name in source.shapes())
-        self._names = {new: old for new, old in pairs if new is not None}
+        self._names: dict[str, str] = {}
+        for old in source.shapes():
+            new = rename(old)
+            if new is None:
+                continue
+            if new in self._names:
+                raise CheckpointError(
+                    f"{self.label}: {self._names[new]} and {old} stand for the same tensor, {new}; keep one of them"
+                )
+            self._names[new] = old
 
     def shapes(self) -> Shapes:
         shapes = self._source.shapes()
@@ -120,6 +131,11 @@ def require_finite(x: F32, name: str, label: str) -> F32:
             "the file is damaged: download it again"
         )
     return x
+
+
+def plain(error: Exception, most: int = 160) -> str:
+    """What another library says, as part of one line."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
 
 
 def few(names: list[str], most: int = 4) -> str:

@@ -13,15 +13,15 @@ from wsi_rt.runtime.progress import Progress
 
 
 @click.command("build-engines")
-@click.option("--checkpoint", metavar="SRC", help="synthetic:<preset>?seed=N, or a folder with the three below.")
-@click.option("--tile-encoder", metavar="P", help="timm folder (config.json + safetensors).")
-@click.option("--slide-encoder", metavar="P", help="LongNet safetensors, file or folder.")
-@click.option("--llava", metavar="P", help="LLaVA folder: merged, or projector only with --llava-base.")
-@click.option("--llava-base", metavar="P", help="Language model folder that --llava's projector belongs to.")
+@click.option("--checkpoint", metavar="SRC", help="synthetic:<preset>?seed=N, or a folder with those below.")
+@click.option("--tile-encoder", metavar="P", help="timm folder: config.json and weights.")
+@click.option("--slide-encoder", metavar="P", help="LongNet weights (slide_encoder.pth), file or folder.")
+@click.option("--llava", metavar="P", help="LLaVA folder: merged; LoRA adapter or projector with --llava-base.")
+@click.option("--llava-base", metavar="P", help="Language model folder that --llava's adapter or projector goes over.")
 @click.option("--tokenizer", metavar="P", help="tokenizer.model or tokenizer.json (default: from --llava).")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Bundle folder to write.")
 @click.option("--target", default="ort-cpu", show_default=True, help="What to compile for.")
-@click.option("--precision", metavar="SPEC", help="fp32, or component=precision,...")
+@click.option("--precision", metavar="SPEC", help="fp32, int8 or int4 where supported, or component=precision,...")
 @click.option("--components", metavar="LIST", help="Comma-separated subset of the checkpoint's components.")
 @click.option("--dry-run", is_flag=True, help="Check everything and say what would be built.")
 @click.option("--force", is_flag=True, help="Replace another build in --out.")
@@ -42,6 +42,8 @@ def build_engines(
         from wsi_rt.export import build
         from wsi_rt.export.sources.checkpoint import Sources
     except ImportError as e:
+        if e.name and e.name.startswith("wsi_rt"):
+            raise
         raise MachineError(
             f"building engines needs {e.name or e}: pip install '.[export]' in a checkout of wsi-rt"
         ) from e

@@ -15,10 +15,10 @@ Array = NDArray  # numpy on the CPU
 
 
 class Engine(ABC):
-    """A compiled function of named arrays. Context manager; `close` may be called twice."""
+    """A compiled function of named arrays. Context manager; `close` may be called twice. `precision`: as compiled."""
 
-    def __init__(self, manifest: EngineManifest) -> None:
-        self.manifest = manifest
+    def __init__(self, manifest: EngineManifest, precision: str) -> None:
+        self.manifest, self.precision = manifest, precision
 
     def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array] | None = None) -> dict[str, Array]:
         """Compute every output, or only `outputs`, which are filled in place without a copy.

@@ -21,8 +21,11 @@ PROVIDER = "CPUExecutionProvider"
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
-def open_session(graph: Path, weights_dir: Path, threads: int) -> onnxruntime.InferenceSession:
-    """A CPU session on `threads` threads, whose external weights stand in `weights_dir`.
+def open_session(
+    graph: Path | bytes, weights_dir: Path, threads: int, fold_constants: bool = True
+) -> onnxruntime.InferenceSession:
+    """A CPU session of a graph (a file, or its bytes) on `threads` threads, whose external weights stand in
+    `weights_dir`. fold_constants False: what a graph computes from its weights alone is not kept beside them.
 
     Raises MachineError without onnxruntime, EngineMismatchError when it cannot open the graph
     or would run it on another provider.
@@ -34,16 +37,19 @@ def open_session(graph: Path, weights_dir: Path, threads: int) -> onnxruntime.In
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors only: the rest is raised
+    where = "a graph in memory" if isinstance(graph, bytes) else str(graph)
     options.add_session_config_entry(_WEIGHTS_FOLDER, str(weights_dir))
     try:
-        session = ort.InferenceSession(graph.read_bytes(), options, providers=[PROVIDER])
+        disabled = [] if fold_constants else ["ConstantFolding"]
+        model = graph if isinstance(graph, bytes) else graph.read_bytes()
+        session = ort.InferenceSession(model, options, providers=[PROVIDER], disabled_optimizers=disabled)
     except Exception as e:  # onnxruntime raises its own classes, which share no base
         reason = str(e).splitlines()[0]
         raise EngineMismatchError(
-            f"{graph}: onnxruntime {ort.__version__} cannot open it ({reason}); rebuild it"
+            f"{where}: onnxruntime {ort.__version__} cannot open it ({reason}); rebuild it"
         ) from e
     if session.get_providers() != [PROVIDER]:
-        raise EngineMismatchError(f"{graph}: would run on {session.get_providers()}, expected {PROVIDER}")
+        raise EngineMismatchError(f"{where}: would run on {session.get_providers()}, expected {PROVIDER}")
     return session
 
 
@@ -67,13 +73,14 @@ def plain_failure(component: str) -> Iterator[None]:
 class OrtEngine(Engine):
     """One ONNX graph in one session."""
 
-    def __init__(self, manifest: EngineManifest, session: onnxruntime.InferenceSession) -> None:
-        super().__init__(manifest)
+    def __init__(self, manifest: EngineManifest, precision: str, session: onnxruntime.InferenceSession) -> None:
+        super().__init__(manifest, precision)
         self._session: onnxruntime.InferenceSession | None = session
 
     @classmethod
     def open(cls, root: Path, manifest: EngineManifest, compiled: Compiled, threads: int) -> OrtEngine:
-        return cls(manifest, open_session(root / compiled.graphs["model"], root / compiled.weights_dir, threads))
+        session = open_session(root / compiled.graphs["model"], root / compiled.weights_dir, threads)
+        return cls(manifest, compiled.precision, session)
 
     def _run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> dict[str, Array]:
         if self._session is None:

@@ -20,7 +20,8 @@ from wsi_rt.export.graphs.builder import OUR_DOMAIN, WeightFile, check_model  # 
 from wsi_rt.export.graphs.layers import Style  # noqa: E402
 from wsi_rt.export.graphs.write import Component, write_graphs  # noqa: E402
 from wsi_rt.export.lowering import lower_ort_cpu  # noqa: E402
-from wsi_rt.export.parity import check_inputs, reference_outputs, run_portable  # noqa: E402
+from wsi_rt.export.parity import check_inputs, reference_outputs  # noqa: E402
+from wsi_rt.export.portable import run_portable  # noqa: E402
 from wsi_rt.export.sources.presets import NANO  # noqa: E402
 from wsi_rt.export.sources.synthetic import SyntheticSource  # noqa: E402
 from wsi_rt.export.sources.weights import WeightSource  # noqa: E402
@@ -187,10 +188,12 @@ def test_external_weights_are_aligned_and_apart(built):
 
 
 def test_every_weight_of_the_checkpoint_is_in_the_graphs(built):
-    """Each tensor once, under its published name (".T": stored transposed), and nothing unaccounted for."""
+    """Each tensor once, under its published name (".T": stored transposed), and nothing unaccounted for. Tied embeddings
+    are stored as the output layer, too."""
     config, graphs, _ = built
     found = {t.name.removesuffix(".T") for path in graphs.values() for t in load(path).graph.initializer}
     own = {"preprocess.mean", "preprocess.std", "axis_table", "rope.cos", "rope.sin"}
+    own |= {"lm_head.weight"} if getattr(config, "tied_embeddings", False) else set()
     assert {n for n in found if not n.startswith("const/")} - own == set(config.tensors())
 
 

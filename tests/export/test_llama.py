@@ -14,7 +14,7 @@ pytest.importorskip("onnx", reason="the export extra is not installed")
 from wsi_rt.export.arch import LlamaConfig  # noqa: E402
 from wsi_rt.export.component import build_component  # noqa: E402
 from wsi_rt.export.models import reference_model  # noqa: E402
-from wsi_rt.export.parity import run_portable_llama  # noqa: E402
+from wsi_rt.export.portable import run_portable  # noqa: E402
 from wsi_rt.export.sources.synthetic import SyntheticSource, uniform  # noqa: E402
 from wsi_rt.export.sources.weights import Part, WeightSource  # noqa: E402
 from wsi_rt.runtime.engines.registry import backend  # noqa: E402
@@ -199,7 +199,7 @@ def test_the_whole_context_can_be_used(case):
 def test_portable_graph_equals_transformers(case):
     """Standard operators with past and present KV: prefill, then the tokens one by one."""
     inputs = {"embeds": case.embeds, "token_ids": np.array(case.tokens[:-1])}
-    logits = run_portable_llama(case.config, case.graphs["embed"], case.graphs["decoder"], inputs)
+    logits = run_portable(case.config, case.graphs, inputs)["logits"]
     assert logits.shape == case.logits.shape
     assert np.abs(logits - case.logits).max() <= 1e-4
     assert logits.argmax(axis=1).tolist() == case.tokens

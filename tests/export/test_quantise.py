@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ from wsi_rt.export.graphs.write import Component, write_graphs, write_main  # no
 from wsi_rt.export.precision import SUPPORTED, format_of, formats, weight_bytes  # noqa: E402
 from wsi_rt.export.quantise import BlockFormat, quantise  # noqa: E402
 from wsi_rt.export.sources.presets import NANO  # noqa: E402
-from wsi_rt.export.sources.rounded import Rounded, with_head  # noqa: E402
+from wsi_rt.export.sources.stored import Compared, Stored, with_head  # noqa: E402
 from wsi_rt.export.sources.synthetic import SyntheticSource  # noqa: E402
 
 FORMATS = [BlockFormat(bits, block, symmetric) for bits in (4, 8) for block in (32, 128) for symmetric in (True, False)]
@@ -109,7 +108,7 @@ def test_codes_are_stored_once_for_both_graphs(tmp_path):
             return super().get(name)
 
     source = Counting(LLAMA, "test", 1)
-    component = Component(LLAMA, source, WeightFile(tmp_path / "weights.data"), format_of("llm", "int4"))
+    component = Component(LLAMA, source, WeightFile(tmp_path / "weights.data"), format_of("int4"))
     write_main(component, tmp_path / "portable.onnx", Style(DequantisedLinears(component.format_of)))
     first = (tmp_path / "weights.data").stat().st_size
     write_main(component, tmp_path / "fused.onnx", Style(MatMulNBits(component.format_of), fused=True))
@@ -136,7 +135,7 @@ def test_sizes_are_told_before_a_build(tmp_path, precision, tied):
     """`--dry-run` and the check for room: the estimate against the file that is written."""
     config = replace(LLAMA, vocab=2048, ffn=1024, tied_embeddings=tied)
     component = Component(
-        config, SyntheticSource(config, "test", 1), WeightFile(tmp_path / "weights.data"), format_of("llm", precision)
+        config, SyntheticSource(config, "test", 1), WeightFile(tmp_path / "weights.data"), format_of(precision)
     )
     write_graphs(component, tmp_path, Style(MatMulNBits(component.format_of), fused=True))
     written = (tmp_path / "weights.data").stat().st_size
@@ -144,14 +143,24 @@ def test_sizes_are_told_before_a_build(tmp_path, precision, tied):
     assert abs(written - weight_bytes(config, precision)) <= 4096 * arrays
 
 
-def test_rounded_weights_and_the_tied_head():
-    """The table that tokens are looked up in stays fp32; the output layer made of it is rounded."""
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_what_the_file_holds_is_read_back(tmp_path, precision):
+    """Odd numbers of blocks included. What is no Linear comes from the checkpoint, and so does the table that tokens
+    are looked up in, while the output layer tied to it is rounded."""
     config = replace(LLAMA, tied_embeddings=True)
     source = with_head(config, SyntheticSource(config, "test", 1))
-    rounded = Rounded(source, format_of("llm", "int8"))
-    table = source.get("model.embed_tokens.weight")
-    assert np.array_equal(rounded.get("model.embed_tokens.weight"), table)
-    head = rounded.get("lm_head.weight")
-    assert 0 < np.abs(head - table).max() < 0.02
-    assert set(rounded.errors) == {"lm_head.weight"}
-    assert Path(rounded.label).name == source.label
+    file, choose = WeightFile(tmp_path / "weights.data"), format_of(precision)
+    write_graphs(Component(config, source, file, choose), tmp_path, Style(MatMulNBits(choose), fused=True))
+    stored = Stored(source, file, choose)
+    compared = Compared(source, stored)
+    linears = {f"{n}.weight" for n in linear_shapes(config)}
+    for name in (*config.tensors(), "lm_head.weight"):
+        x = source.get(name)
+        expected = x
+        if name in linears:
+            expected = quantise(x, choose(name.removesuffix(".weight"))).dequantised(x.shape[1])
+            assert not np.array_equal(expected, x)
+        assert np.array_equal(stored.get(name), expected), name
+        assert np.array_equal(compared.get(name), x)
+    assert set(compared.errors) == linears
+    assert 0.001 < min(compared.errors.values()) <= max(compared.errors.values()) < 0.1

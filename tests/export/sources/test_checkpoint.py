@@ -20,7 +20,8 @@ from wsi_rt.export.build import BuildRequest, build_engines, is_up_to_date, plan
 from wsi_rt.export.models import reference_model  # noqa: E402
 from wsi_rt.export.sources.checkpoint import Sources, resolve  # noqa: E402
 from wsi_rt.export.sources.files import open_weights  # noqa: E402
-from wsi_rt.export.sources.llava import llama_config, projector_config  # noqa: E402
+from wsi_rt.export.sources.llama_json import llama_config  # noqa: E402
+from wsi_rt.export.sources.llava import projector_config  # noqa: E402
 from wsi_rt.export.sources.synthetic import SyntheticSource, uniform  # noqa: E402
 from wsi_rt.runtime.bundle import Bundle  # noqa: E402
 from wsi_rt.runtime.errors import CheckpointError, InputError  # noqa: E402
@@ -495,7 +496,11 @@ def test_sources_that_are_not_there(tmp_path, monkeypatch, sources, words):
 
 
 def test_a_base_belongs_to_projector_weights(tmp_path):
-    refused(Sources(checkpoint="synthetic:nano", llava_base="base"), tmp_path / "bundle", "--llava-base base goes with")
+    refused(
+        Sources(checkpoint="synthetic:nano", llava_base="base"),
+        tmp_path / "bundle",
+        "--llava-base base goes with a LoRA adapter or projector weights, not with synthetic:nano",
+    )
 
 
 def test_flags_beside_the_checkpoint_win(checkpoint, tmp_path):
@@ -566,3 +571,101 @@ def test_get_of_an_unknown_tensor_names_it(checkpoint):
         source.get("nope")
     with pytest.raises(CheckpointError, match="no tensor named nope"):
         resolve(all_of(checkpoint)).parts["llm"].source.get("nope")
+
+
+# A checkpoint over a base
+
+
+@pytest.mark.parametrize("lost", ["model.layers.1.mlp.up_proj.weight", None], ids=["damaged", "whole"])
+def test_a_base_never_fills_up_a_merged_checkpoint(checkpoint, tmp_path, lost):
+    checkpoint.write_base(checkpoint.root / "llava_base", model_type="llama")
+    if lost:
+        del checkpoint.tensors["llm"][lost]
+    checkpoint.write_llava()
+    base = str(checkpoint.root / "llava_base")
+    words = [
+        f"{checkpoint.llava}: holds {20 if lost else 21} tensors of a language model itself",
+        f"over the base {base}",
+    ]
+    refused(all_of(checkpoint), tmp_path / "bundle", *words, f"--llava {checkpoint.llava}")
+    refused(Sources(llava=str(checkpoint.llava), llava_base=base), tmp_path / "bundle", *words)
+
+
+@pytest.fixture
+def over_base(checkpoint, tmp_path):
+    """over_base(own, base): the projector's folder with that config.json (None: without), over a LLaVA of these."""
+
+    def make(own: dict[str, Any] | None, base: dict[str, Any]) -> Sources:
+        checkpoint.write_base(tmp_path / "base", checkpoint.tensors["projector"], **base)
+        folder = tmp_path / "projector"
+        checkpoint.save(folder / "mm_projector.safetensors", checkpoint.tensors["projector"])
+        if own is not None:
+            checkpoint.write_json(folder / "config.json", own)
+        return Sources(llava=str(folder), llava_base=str(tmp_path / "base"))
+
+    return make
+
+
+def test_the_projectors_own_settings_come_first(checkpoint, over_base):
+    def config(own: dict[str, Any] | None, base: dict[str, Any]) -> LlamaConfig:
+        return resolve(over_base(own, base)).parts["llm"].config
+
+    whole, llm = checkpoint.llama_json(), checkpoint.preset.llm
+    assert config(None, {"max_position_embeddings": 64}).context == 64
+    assert config({**whole, "max_position_embeddings": 128}, {"max_position_embeddings": 64}).context == 128
+    assert config({"mm_projector_type": "mlp2x_gelu"}, {}) == llm
+    assert config({"mm_projector_type": "mlp2x_gelu"}, {"rope_theta": 5e5}).rope_theta == 5e5
+    later = {"rope_theta": None, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}
+    assert config({"rope_scaling": None}, later).rope_theta == 5e5
+    assert config(later, {"rope_theta": 5e5}).rope_theta == 5e5
+    assert config({**whole, "mm_hidden_size": 1024, "torch_dtype": "bfloat16"}, {"mm_hidden_size": 512}) == llm
+
+
+@pytest.mark.parametrize(
+    ("own", "base", "told"),
+    [
+        ({"rope_theta": 1e4}, {"rope_theta": 5e5}, "rope_theta = 10000.0 there and 500000.0 in the base's"),
+        ({"rope_parameters": {"rope_theta": 1e4}}, {"rope_theta": 5e5}, "rope_theta = 10000.0 there and 500000.0"),
+        ({"rms_norm_eps": 1e-6}, {}, "rms_norm_eps = 1e-06 there and 1e-05"),
+        ({"num_attention_heads": 2}, {}, "num_attention_heads = 2 there and 4"),
+        ({"num_key_value_heads": 4}, {}, "num_key_value_heads = 4 there and 2"),
+        ({"hidden_size": 128}, {}, "hidden_size = 128 there and 64"),
+        ({"intermediate_size": 128}, {}, "intermediate_size = 128 there and 96"),
+        ({"mm_projector_type": "identity"}, {}, "mm_projector_type = 'identity' there and 'mlp2x_gelu'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, {}, "rope_type = 'linear' there and 'default'"),
+        ({"hidden_act": "gelu"}, {}, "hidden_act = 'gelu' there and 'silu'"),
+    ],
+    ids=str,
+)
+def test_settings_that_contradict_the_bases(over_base, tmp_path, own, base, told):
+    sources = over_base(own, base)
+    refused(
+        sources, tmp_path / "bundle", f"{sources.llava}: config.json disagrees with {sources.llava_base}/config", told
+    )
+
+
+def test_a_base_of_another_architecture(over_base, tmp_path):
+    sources = over_base({"model_type": "llava_llama"}, {"model_type": "qwen2"})
+    refused(sources, tmp_path / "bundle", f"{sources.llava_base}: config.json", "'qwen2' is not supported")
+
+
+def test_half_a_projector_is_not_filled_up_from_the_base(checkpoint, over_base, tmp_path):
+    sources = over_base(None, {})
+    half = {n: x for n, x in checkpoint.tensors["projector"].items() if not n.endswith("2.bias")}
+    checkpoint.save(tmp_path / "projector" / "mm_projector.safetensors", half)
+    refused(sources, tmp_path / "bundle", "1 missing (model.mm_projector.2.bias)")
+    checkpoint.save(tmp_path / "projector" / "mm_projector.safetensors", {"other": np.ones(3, np.float32)})
+    refused(sources, tmp_path / "bundle", "holds 1 tensors of a language model itself (other)")
+    checkpoint.save(
+        tmp_path / "projector" / "mm_projector.safetensors", {"model.vision_tower.x": np.ones(3, np.float32)}
+    )
+    refused(sources, tmp_path / "bundle", "no mm_projector tensors, expected projector weights over the base")
+
+
+def test_two_names_of_one_tensor(checkpoint, tmp_path):
+    name = "model.mm_projector.0.weight"
+    checkpoint.tensors["projector"][name.removeprefix("model.")] = checkpoint.tensors["projector"][name]
+    checkpoint.write_llava()
+    refused(
+        all_of(checkpoint), tmp_path / "bundle", name, "mm_projector.0.weight stand for the same tensor", "keep one"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -115,11 +116,13 @@ def test_a_base_alone_is_no_checkpoint(checkpoint, tmp_path):
 
 def test_the_base_of_a_folder_goes_with_the_folders_own_adapter(checkpoint, tmp_path):
     """A --llava beside --checkpoint is whole, or names its own base."""
+    whole = checkpoint.llava.rename(checkpoint.root / "whole")
+    checkpoint.save(checkpoint.llava / "mm_projector.safetensors", checkpoint.tensors["projector"])
     checkpoint.write_base(checkpoint.root / "llava_base", model_type="llama")
     own = resolve(Sources(checkpoint=str(checkpoint.root))).parts["llm"].source.label
     assert own == f"{checkpoint.llava} + {checkpoint.root / 'llava_base'}"
-    given = resolve(Sources(checkpoint=str(checkpoint.root), llava=str(checkpoint.llava))).parts["llm"].source.label
-    assert given == str(checkpoint.llava)
+    given = resolve(Sources(checkpoint=str(checkpoint.root), llava=str(whole))).parts["llm"].source.label
+    assert given == str(whole)
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".pth"])
@@ -181,11 +184,63 @@ class TestIndex:
         with pytest.raises(CheckpointError, match=rf"b{suffix}: tensor x stands in a{suffix} too"):
             open_weights(index.parent)
 
-    @pytest.mark.parametrize("name", ["../a", "/etc/a", "sub/a"])
+    @pytest.mark.parametrize("name", ["../a", "/etc/a", "sub/a", "..\\a", "a\0", "\ud800", "x" * 5000], ids=ascii)
     def test_a_shard_elsewhere(self, index, suffix, name):
         put_index(index, {"x": f"{name}{suffix}", "y": f"b{suffix}"})
-        with pytest.raises(CheckpointError, match=rf"shard '{name}{suffix}' is no file beside it"):
+        with pytest.raises(CheckpointError) as e:
             open_weights(index.parent)
+        told = repr(name + suffix if len(name) < 80 else "x" * 77 + "...")
+        assert f"{index}: shard {told} is no file beside it" in str(e.value)
+
+    @pytest.mark.parametrize("name", ["..", ".", ""])
+    def test_a_folder_for_a_shard(self, index, suffix, name):
+        put_index(index, {"x": name, "y": f"b{suffix}"})
+        with pytest.raises(CheckpointError, match=rf"shard '{name}' is no file beside it"):
+            open_weights(index.parent)
+
+    def test_an_empty_index(self, index, suffix):
+        put_index(index, {})
+        with pytest.raises(CheckpointError, match=rf"{index.name}: its `weight_map` is empty, expected tensors"):
+            open_weights(index.parent)
+
+    @pytest.mark.parametrize("change", ["replaced", "truncated", "touched", "gone", "garbage"])
+    @pytest.mark.parametrize("step", ["get", "digest"])
+    def test_a_shard_that_changes_while_it_is_read(self, index, suffix, change, step):
+        """Between planning and building, or while it builds."""
+        source, path = open_weights(index.parent), index.parent / f"b{suffix}"
+        assert source.get("y")[0] == 2
+        data, stat = path.read_bytes(), path.stat()
+        if change == "gone":
+            path.unlink()
+        elif change == "replaced":
+            put(path, y=3)
+        else:
+            path.write_bytes({"truncated": data[:-8], "touched": data, "garbage": b"x" * len(data)}[change])
+        if path.exists():  # a file system's clock may be as coarse as 10 ms
+            os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 10_000_000))
+        with pytest.raises(CheckpointError, match=rf"b{suffix}: changed while it was read"):
+            source.get("y") if step == "get" else source.digest()
+
+    def test_a_shard_that_changes_after_it_is_hashed(self, index, suffix):
+        source = open_weights(index.parent)
+        assert source.digest() == source.digest()
+        with (index.parent / f"a{suffix}").open("ab") as f:
+            f.write(b"more")
+        assert source.get("y")[0] == 2
+        with pytest.raises(CheckpointError, match=rf"a{suffix}: changed while it was read"):
+            source.get("x")
+
+    def test_what_a_library_says_of_a_file_is_one_error(self, index, suffix):
+        """Damage that neither size nor time of change shows."""
+        source, path = open_weights(index.parent), index.parent / f"b{suffix}"
+        stat = path.stat()
+        data = path.read_bytes().replace(b"y", b"z", 1) if suffix == ".safetensors" else b"x" * stat.st_size
+        path.write_bytes(data)
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        with pytest.raises(
+            CheckpointError, match=rf"b{suffix}: (tensor y is not readable|not a readable PyTorch file)"
+        ):
+            source.get("y")
 
     def test_the_single_file_comes_first(self, index, suffix):
         put(index.parent / index.name.removesuffix(".index.json"), x=5, y=6)

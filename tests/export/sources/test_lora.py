@@ -126,7 +126,7 @@ def over(base: Path, tmp_path: Path) -> Callable[..., LoraSource]:
         folder = tmp_path / "adapter"
         folder.mkdir(exist_ok=True)
         save_file(tensors, str(folder / "adapter_model.safetensors"))
-        given = {"peft_type": "LORA", "r": RANK, "lora_alpha": 8, "target_modules": ".*q_proj", **settings}
+        given = {"peft_type": "LORA", "r": RANK, "lora_alpha": 8, "target_modules": r".*\.0\..*q_proj", **settings}
         (folder / "adapter_config.json").write_text(json.dumps(given))
         return merge(folder, base)
 
@@ -228,6 +228,9 @@ def test_half_an_adapter_is_refused(over):
         ({"peft_type": "IA3"}, "peft_type = 'IA3', expected LORA"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
         ({"init_lora_weights": "loftq"}, "init_lora_weights = 'loftq'"),
+        ({"target_modules": "("}, "target_modules has '('"),
+        ({"exclude_modules": [1]}, "exclude_modules = [1], expected a list of module names"),
+        ({"layers_to_transform": ["1"]}, "layers_to_transform = ['1'], expected a whole number"),
         ({"bias": "some"}, "bias = 'some', expected none, all or lora_only"),
         ({"r": 0}, "r = 0, expected a whole number"),
         ({"r": None}, "lacks r"),
@@ -250,7 +253,8 @@ def test_settings_that_change_the_arithmetic_are_refused_by_name(over, settings,
 
 def test_settings_without_effect_are_accepted(over):
     inert = {"qalora_group_size": 16, "megatron_core": "megatron.core", "lora_dropout": 0.1, "inference_mode": True}
-    assert over(factors(), **inert, use_dora=False, layer_replication=None, loftq_config={}, auto_mapping=None)
+    inert |= {"unsloth_fixed": True, "layer_replication": None}
+    assert over(factors(), **inert, use_dora=False, loftq_config={}, auto_mapping=None)
 
 
 def test_a_change_of_tied_embeddings_is_refused(over, base):
@@ -339,7 +343,163 @@ def test_an_adapter_over_an_adapter_and_one_without_weights(lora_folder):
 
 def test_the_adapters_config_is_the_models(lora_folder):
     path = lora_folder / "llava" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 0.25}))
-    assert resolve(Sources(checkpoint=str(lora_folder))).parts["llm"].config.rms_eps == 0.25
+    settings = json.loads(path.read_text())
+
+    def config(**changes: Any) -> Any:
+        path.write_text(json.dumps(settings | changes))
+        return resolve(Sources(checkpoint=str(lora_folder))).parts["llm"].config
+
+    assert config(max_position_embeddings=128).context == 128  # the base's is 256; training may change it
+    with pytest.raises(
+        CheckpointError, match=r"llava_base/config.json: rms_norm_eps = 0.25 there and 1e-05 in the bas"
+    ):
+        config(rms_norm_eps=0.25)
     path.unlink()  # peft alone saves none: the base's
-    assert resolve(Sources(checkpoint=str(lora_folder))).parts["llm"].config.rms_eps == 1e-5
+    parts = resolve(Sources(checkpoint=str(lora_folder))).parts
+    assert (parts["llm"].config.context, parts["llm"].config.rms_eps) == (256, 1e-5)
+
+
+def test_an_adapter_names_no_other_way_out_than_merging(over):
+    for settings in ({"init_lora_weights": "pissa"}, {"peft_type": "IA3"}):
+        with pytest.raises(CheckpointError, match=r"expected [^;]+; merge it with peft first$"):
+            over(factors(), **settings)
+
+
+def layers(*indices: int, module: str = "self_attn.q_proj") -> dict[str, Any]:
+    return {n: x for i in indices for n, x in factors(module=f"model.layers.{i}.{module}").items()}
+
+
+CHOSEN = {"target_modules": ["q_proj"], "layers_pattern": "layers"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "held", "missing"),
+    [
+        ({"target_modules": "all-linear"}, [0], "model.layers.1.self_attn.q_proj"),
+        ({"target_modules": "all-linear"}, [0, 1], None),
+        ({"target_modules": r".*\.q_proj"}, [1], "model.layers.0.self_attn.q_proj"),
+        ({"target_modules": r".*\.q_proj"}, [0, 1], None),
+        ({"target_modules": r".*\.1\..*"}, [1], None),
+        ({"target_modules": r"language_model\..*"}, [0], "model.layers.1.self_attn.q_proj"),
+        ({"target_modules": None}, [1], "model.layers.0.self_attn.q_proj"),
+        ({**CHOSEN, "layers_to_transform": [0, 1]}, [0], "model.layers.1.self_attn.q_proj"),
+        ({**CHOSEN, "layers_to_transform": 1}, [1], None),
+        ({**CHOSEN, "layers_to_transform": [1], "layers_pattern": ["(h|layers)"]}, [1], None),
+        ({**CHOSEN, "layers_to_transform": [0], "layers_pattern": None}, [1], "model.layers.0.self_attn.q_proj"),
+        ({"target_modules": ["q_proj"], "exclude_modules": r".*\.0\..*"}, [1], None),
+        ({"target_modules": ["q_proj"], "exclude_modules": ["lm_head"]}, [1], "model.layers.0.self_attn.q_proj"),
+    ],
+    ids=str,
+)
+def test_half_an_adapter_is_refused_however_its_targets_are_told(over, settings, held, missing):
+    if missing is None:
+        assert over(layers(*held), **settings)
+        return
+    with pytest.raises(CheckpointError, match=rf"1 modules that .* have no tensors \({missing}\); download"):
+        over(layers(*held), **settings)
+
+
+def test_a_saved_module_is_saved_whole(over, base):
+    """modules_to_save that name norms of every layer, of which one is cut off."""
+    w = load_file(base / "model.safetensors")
+    norms = {f"model.layers.{i}.input_layernorm.weight": torch.ones(WIDTH) for i in range(2)}
+    save_file(w | norms, str(base / "model.safetensors"))
+    held = {f"base_model.model.{n}": 2 * x for n, x in norms.items()}
+    assert over(factors() | held, modules_to_save=["input_layernorm"]).get(list(norms)[1])[0] == 2
+    held.pop("base_model.model.model.layers.1.input_layernorm.weight")
+    with pytest.raises(CheckpointError, match=r"no tensors \(model.layers.1.input_layernorm.weight\)"):
+        over(factors() | held, modules_to_save=["input_layernorm"])
+
+
+@pytest.fixture
+def saved_projector(lora_folder) -> Path:
+    """The projector within the adapter (peft's modules_to_save), over a plain language model."""
+    llava = lora_folder / "llava"
+    trained = torch.load(llava / "non_lora_trainables.bin", weights_only=True)
+    (llava / "non_lora_trainables.bin").unlink()
+    path = llava / "adapter_model.safetensors"
+    save_file(load_file(path) | {n: x.contiguous() for n, x in trained.items()}, str(path))
+    settings = json.loads((llava / "adapter_config.json").read_text())
+    (llava / "adapter_config.json").write_text(json.dumps(settings | {"modules_to_save": ["mm_projector"]}))
+    return lora_folder
+
+
+def test_a_projector_saved_within_the_adapter(saved_projector, tmp_path):
+    from wsi_rt.export.layouts import plan_layout, write_layout
+
+    write_layout(plan_layout("tiny", 5, "merged", tmp_path / "merged"))
+    expected = resolve(Sources(checkpoint=str(tmp_path / "merged"))).parts["projector"].source
+    checkpoint = resolve(Sources(checkpoint=str(saved_projector)))
+    source = checkpoint.parts["projector"].source
+    assert all(np.array_equal(source.get(n), expected.get(n)) for n in expected.shapes())
+    assert "projector of the base" not in checkpoint.label
+
+
+def test_a_saved_projector_that_the_adapter_lacks(saved_projector):
+    path = saved_projector / "llava" / "adapter_model.safetensors"
+    save_file({n: x for n, x in load_file(path).items() if "mm_projector" not in n}, str(path))
+    with pytest.raises(CheckpointError, match=r"names have no tensors \(mm_projector\)"):
+        resolve(Sources(checkpoint=str(saved_projector)))
+
+
+def give_projector(base: Path, scale: float = 1.0) -> None:
+    """A plain base made a LLaVA: a projector of its own in its first shard."""
+    shard, index = sorted(base.glob("*.safetensors"))[0], base / "model.safetensors.index.json"
+    shapes = {"0.weight": (48, 96), "0.bias": (48,), "2.weight": (64, 48), "2.bias": (64,)}
+    own = {f"model.mm_projector.{n}": torch.full(s, scale) for n, s in shapes.items()}
+    save_file(load_file(shard) | own, str(shard))
+    placed = json.loads(index.read_text())
+    placed["weight_map"] |= dict.fromkeys(own, shard.name)
+    index.write_text(json.dumps(placed))
+
+
+def test_a_projector_of_the_base_is_told(lora_folder):
+    give_projector(lora_folder / "llava_base", scale=0.5)
+    told = "(projector of the base)"
+    sources = Sources(checkpoint=str(lora_folder))
+    assert told not in resolve(sources).label
+    (lora_folder / "llava" / "non_lora_trainables.bin").unlink()
+    checkpoint = resolve(sources)
+    assert checkpoint.label.endswith(f"adapter_model.safetensors over {lora_folder / 'llava_base'} {told}")
+    assert checkpoint.parts["projector"].source.get("model.mm_projector.0.bias")[0] == 0.5
+
+
+def test_half_a_trained_projector_is_not_filled_up(lora_folder):
+    give_projector(lora_folder / "llava_base")
+    path = lora_folder / "llava" / "non_lora_trainables.bin"
+    trained = torch.load(path, weights_only=True)
+    torch.save({n: x for n, x in trained.items() if not n.endswith("2.bias")}, path)
+    with pytest.raises(CheckpointError, match=r"1 missing \(model.mm_projector.2.bias\)"):
+        resolve(Sources(checkpoint=str(lora_folder)))
+
+
+def test_two_names_of_one_trained_tensor(lora_folder):
+    path = lora_folder / "llava" / "non_lora_trainables.bin"
+    trained = torch.load(path, weights_only=True)
+    name = next(iter(trained))
+    torch.save(trained | {name.removeprefix("base_model."): trained[name]}, path)
+    with pytest.raises(CheckpointError, match=rf"{name} and {name[11:]} stand for the same tensor, model.mm_projector"):
+        resolve(Sources(checkpoint=str(lora_folder)))
+
+
+def test_the_base_found_is_part_of_what_was_asked(lora_folder, monkeypatch, tmp_path):
+    """A rebuild from elsewhere needs the folder that the adapter's own word led to from here."""
+    llava, base = lora_folder / "llava", lora_folder / "llava_base"
+    settings = json.loads((llava / "adapter_config.json").read_text())
+    (llava / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "llava_base"}))
+    monkeypatch.chdir(lora_folder)
+    first = resolve(Sources(llava="llava"))
+    assert first.sources == Sources(llava="llava", llava_base=str(base.resolve()))
+    digest = first.digest
+    monkeypatch.chdir(tmp_path)
+    again = resolve(Sources(llava=str(llava), llava_base=first.sources.llava_base))
+    assert again.digest == digest
+    given = Sources(checkpoint=str(lora_folder))
+    assert resolve(given).sources == given, "a folder holds its own base"
+
+
+def test_a_base_of_an_absurd_name(lora_folder):
+    path = lora_folder / "llava" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "x" * 5000}))
+    with pytest.raises(CheckpointError, match=r"which is no folder here; name the base's folder with --llava-base"):
+        resolve(Sources(llava=str(path.parent)))

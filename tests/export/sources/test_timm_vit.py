@@ -306,6 +306,72 @@ def test_bad_configs_are_refused(timm, tmp_path, config, what):
     assert what in str(e.value)
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_giant_patch14_dinov2"])
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"checkpoint_path": "/etc/passwd"},
+        {"cache_dir": "/tmp"},
+        {"pretrained": True},
+        {"pretrained_cfg": {"file": "x.pth"}},
+        {"pretrained_cfg_overlay": {"hf_hub_id": "a/b"}},
+        {"pretrained_strict": True},
+    ],
+    ids=str,
+)
+def test_nothing_else_is_read_or_fetched(no_timm, tmp_path, name, args):
+    """Refused before timm is imported."""
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": name, "model_args": args}))
+    with pytest.raises(CheckpointError, match=rf"config.json: model_args has {next(iter(args))} = .*; remove it"):
+        load_timm_directory(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["hf-hub:bioptimus/H-optimus-0", "local-dir:/etc", "hf_hub:x", ":"])
+def test_places_are_no_architecture(no_timm, tmp_path, name):
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": name}))
+    with pytest.raises(CheckpointError, match=rf"architecture = '{name}' names a place"):
+        load_timm_directory(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["vit_no_such_model", "", "../x", "vit tiny", "timm/vit_tiny_patch16_224"])
+def test_timm_builds_only_what_it_knows(timm, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: pytest.fail("timm was asked"))
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": name}))
+    with pytest.raises(CheckpointError, match=rf"tile encoder '{name}' is no model of timm"):
+        load_timm_directory(tmp_path)
+
+
+def test_arguments_that_are_off_are_as_none(timm, tmp_path):
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=0)
+    off = {"depth": 1, "pretrained": False, "checkpoint_path": "", "cache_dir": None}
+    assert load_timm_directory(save(tmp_path, model, "vit_tiny_patch16_224", off)).config.depth == 1
+
+
+@pytest.mark.parametrize(
+    "args",
+    [{"depth": 0}, {"img_size": {}}, {"norm_layer": "x"}, {"embed_dim": None, "depth": "two"}, {"patch_size": [[1]]}],
+    ids=str,
+)
+def test_whatever_timm_raises_is_one_line(timm, tmp_path, args):
+    config = {"architecture": "vit_tiny_patch16_224", "model_args": args}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"timm cannot build 'vit_tiny_patch16_224' with") as e:
+        load_timm_directory(tmp_path)
+    assert "\n" not in str(e.value)
+    assert len(str(e.value)) < 700
+
+
+def test_timms_own_message_is_folded(timm, tmp_path, monkeypatch):
+    def fails(*_: Any, **__: Any) -> None:
+        raise KeyError("first\n   second\tthird")
+
+    monkeypatch.setattr(timm, "create_model", fails)
+    (tmp_path / "config.json").write_text('{"architecture": "vit_tiny_patch16_224"}')
+    with pytest.raises(CheckpointError, match=r"with \{\}: .*first.*second.*third.*; correct model_args") as e:
+        load_timm_directory(tmp_path)
+    assert "\n" not in str(e.value)
+
+
 def test_missing_config_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"config\.json: not readable"):
         load_timm_directory(tmp_path)

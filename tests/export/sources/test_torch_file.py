@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import os
 import pickle
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from wsi_rt.export.sources import torch_file  # noqa: E402
 from wsi_rt.export.sources.files import open_weights  # noqa: E402
 from wsi_rt.export.sources.weights import WeightSource  # noqa: E402
 from wsi_rt.runtime.errors import CheckpointError  # noqa: E402
+from wsi_rt.runtime.hashing import sha256_file  # noqa: E402
 
 FORMATS = {"zip": True, "legacy": False}
 
@@ -272,3 +275,84 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
     done = subprocess.run([sys.executable, "-c", READ_ALL, tmp_path], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 600e6
+
+
+# Checksums
+
+
+def flipped(path: Path, at: int) -> None:
+    """One bit of one byte, lowest of an fp32's mantissa where it is one."""
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("record", ["data/0", "data/1", "data.pkl", "version"])
+def test_a_flipped_bit_is_found_with_the_digest(tmp_path, record):
+    path = tmp_path / "weights.bin"
+    torch.save({"a": torch.linspace(0, 1, 3000), "b": torch.ones(5)}, path)
+    source, name = open_weights(path), f"weights/{record}"
+    with zipfile.ZipFile(path) as z:
+        content, after = z.read(name), z.getinfo(name).header_offset + 30 + len(name)
+    whole = source.digest()
+    assert whole == hashlib.sha256(hashlib.sha256(path.read_bytes()).hexdigest().encode()).hexdigest()
+    pristine = path.read_bytes()
+    flipped(path, pristine.index(content, after) + len(content) // 2 // 4 * 4)
+    with pytest.raises(CheckpointError) as e:  # of the pickle, torch may say it first
+        open_weights(path).digest()
+    if record != "data.pkl":
+        assert f"{path}: record {name} does not have the checksum stored with it" in str(e.value)
+    path.write_bytes(pristine)
+    assert open_weights(path).digest() == whole
+
+
+def test_any_flipped_bit_is_refused_or_without_effect(tmp_path_factory):
+    path = tmp_path_factory.mktemp("flipped") / "weights.bin"
+    whole = saved(tensors())
+
+    @settings(max_examples=300, deadline=None, derandomize=True)
+    @given(st.integers(0, len(whole) * 8 - 1))
+    def flip(bit: int) -> None:
+        path.write_bytes(whole[: bit // 8] + bytes([whole[bit // 8] ^ 1 << bit % 8]) + whole[bit // 8 + 1 :])
+        with contextlib.suppress(CheckpointError):
+            source = open_weights(path)
+            same = equals(source, tensors())
+            source.digest()
+            assert same
+
+    flip()
+
+
+def test_archives_without_checksums_are_read(tmp_path):
+    """torch.save can be told to leave them out; it writes zeros then."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.ones(5)}, tmp_path / "weights.bin")
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert len(open_weights(tmp_path / "weights.bin").digest()) == 64
+
+
+def test_a_compressed_archive_is_refused(tmp_path):
+    """Mapped, its bytes would be taken for numbers."""
+    torch.save({"a": torch.arange(1000.0)}, tmp_path / "stored.bin")
+    with (
+        zipfile.ZipFile(tmp_path / "stored.bin") as stored,
+        zipfile.ZipFile(tmp_path / "weights.bin", "w", zipfile.ZIP_DEFLATED) as out,
+    ):
+        for info in stored.infolist():
+            out.writestr(info.filename, stored.read(info))
+    refused(tmp_path / "weights.bin", "not a readable PyTorch file")
+
+
+def test_checking_needs_no_more_memory_than_a_chunk(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch_file, "_READ_BYTES", 1000)
+    torch.save({"a": torch.linspace(0, 1, 3000)}, tmp_path / "weights.bin")
+    sizes: list[int] = []
+    real = torch_file.zlib.crc32
+    monkeypatch.setattr(torch_file.zlib, "crc32", lambda x, crc=0: sizes.append(len(x)) or real(x, crc))
+    whole = open_weights(tmp_path / "weights.bin").digest()
+    assert whole == hashlib.sha256(sha256_file(tmp_path / "weights.bin").encode()).hexdigest()
+    assert max(sizes) == 1000
+    assert len(sizes) > 12

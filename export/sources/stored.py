@@ -1,0 +1,90 @@
+"""Weights as a component's weight file holds them, and the output layer that tied embeddings leave out."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from wsi_rt.export.arch import EMBED_TOKENS, LM_HEAD, ComponentConfig, LlamaConfig, Shapes
+from wsi_rt.export.graphs.builder import WeightFile
+from wsi_rt.export.quantise import BlockFormat, Blocks, FormatOf, unpack
+from wsi_rt.export.sources.weights import F32, WeightSource
+
+HEAD, TABLE = f"{LM_HEAD}.weight", f"{EMBED_TOKENS}.weight"
+
+
+class TiedHead(WeightSource):
+    """A language model whose output layer is its embedding table, with both under their names."""
+
+    def __init__(self, source: WeightSource) -> None:
+        self.label, self._source = source.label, source
+
+    def shapes(self) -> Shapes:
+        shapes = self._source.shapes()
+        return {**shapes, HEAD: shapes[TABLE]}
+
+    def get(self, name: str) -> F32:
+        return self._source.get(TABLE if name == HEAD else name)
+
+    def digest(self) -> str:
+        return self._source.digest()
+
+
+def with_head(config: ComponentConfig, source: WeightSource) -> WeightSource:
+    """`source`, in which the component's every Linear has a tensor of its own name."""
+    tied = isinstance(config, LlamaConfig) and config.tied_embeddings and HEAD not in source.shapes()
+    return TiedHead(source) if tied else source
+
+
+class Stored(WeightSource):
+    """`source`, but Linear layers in integer blocks are read back from `file`, where a target's graph put them."""
+
+    def __init__(self, source: WeightSource, file: WeightFile, format_of: FormatOf) -> None:
+        self.label, self._source, self._file, self._format_of = source.label, source, file, format_of
+
+    def shapes(self) -> Shapes:
+        return self._source.shapes()
+
+    def form(self, name: str) -> BlockFormat | None:
+        """The format of a tensor that is a Linear's matrix in blocks; None for any other."""
+        prefix, _, leaf = name.rpartition(".")
+        matrix = leaf == "weight" and len(self.shapes()[name]) == 2 and name != TABLE
+        return self._format_of(prefix) if matrix else None
+
+    def get(self, name: str) -> F32:
+        form = self.form(name)
+        if form is None:
+            return self._source.get(name)
+        out, inputs = self.shapes()[name]
+        kind = form.stored_name(name)
+        dims = (out, form.blocks(inputs))
+        scales = self._file.read(f"{kind}.scales").view(np.float32).reshape(dims)
+        codes = unpack(self._file.read(f"{kind}.codes").reshape(*dims, -1), form)
+        zeros = np.full(dims, form.middle, np.uint8)
+        if not form.symmetric:
+            zeros = unpack(self._file.read(f"{kind}.zeros").reshape(out, -1), form)[:, : dims[1]]
+        return Blocks(form, codes, scales, zeros).dequantised(inputs)
+
+    def digest(self) -> str:
+        return self._source.digest()
+
+
+class Compared(WeightSource):
+    """A checkpoint that notes, of every tensor asked for, how far the stored one is from it: the norm of the difference
+    over the norm. `errors`: those of Linear layers in blocks."""
+
+    def __init__(self, source: WeightSource, stored: Stored) -> None:
+        self.label, self._source, self._stored = source.label, source, stored
+        self.errors: dict[str, float] = {}
+
+    def shapes(self) -> Shapes:
+        return self._source.shapes()
+
+    def get(self, name: str) -> F32:
+        x = self._source.get(name)
+        if self._stored.form(name) is not None:
+            size = max(float(np.linalg.norm(x)), 1e-30)
+            self.errors[name] = float(np.linalg.norm(self._stored.get(name) - x)) / size
+        return x
+
+    def digest(self) -> str:
+        return self._source.digest()
