@@ -188,8 +188,8 @@ def test_external_weights_are_aligned_and_apart(built):
 
 
 def test_every_weight_of_the_checkpoint_is_in_the_graphs(built):
-    """Each tensor once, under its published name (".T": stored transposed), and nothing unaccounted for. Tied embeddings
-    are stored as the output layer, too."""
+    """Each tensor once, under its published name (".T": stored transposed), and nothing unaccounted for; tied
+    embeddings are stored as the output layer, too."""
     config, graphs, _ = built
     found = {t.name.removesuffix(".T") for path in graphs.values() for t in load(path).graph.initializer}
     own = {"preprocess.mean", "preprocess.std", "axis_table", "rope.cos", "rope.sin"}
