@@ -1,4 +1,4 @@
-"""Compiles every shipped kernel configuration without a GPU and reads what the machine code needs.
+"""Compiles every shipped kernel configuration (the published sizes and dtypes) without a GPU, and reads what it needs.
 
 Registers and stack come from `cuobjdump`, spills and tensor-core instructions from the SASS that `nvdisasm` gives (both
 come with Triton), shared memory from Triton's metadata. The committed table (resources.json) is what it was when the

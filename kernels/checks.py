@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from itertools import pairwise
+from numbers import Real
 from typing import TYPE_CHECKING
 
 from wsi_rt.kernels.aot_case import SHIPPED_SM
@@ -31,14 +34,20 @@ def check_floats(what: str, tensors: dict[str, Tensor], out_dtype: torch.dtype |
 
 
 def check_one_device(what: str, tensors: dict[str, Tensor]) -> None:
-    """All tensors lie on one device."""
+    """All tensors lie on one device: the CPU, an NVIDIA GPU, or meta, where shapes are traced."""
+    import torch
+
+    for name, x in tensors.items():
+        if x.device.type not in ("cpu", "cuda", "meta") or (x.is_cuda and torch.version.hip is not None):
+            what_it_is = f"an AMD GPU (ROCm {torch.version.hip})" if x.is_cuda else x.device
+            raise KernelInputError(f"{what}: {name} is on {what_it_is}, expected the CPU or an NVIDIA GPU: call .cpu()")
     if len({x.device for x in tensors.values()}) > 1:
         where = ", ".join(f"{name} on {x.device}" for name, x in tensors.items())
         raise KernelInputError(f"{what}: {where}; expected one device")
 
 
 def check_cu_seqlens(what: str, cu_seqlens: Tensor) -> None:
-    """Type and shape of cumulative lengths [S + 1]; their values are for `check_cu_values`."""
+    """Type, shape and device of cumulative lengths [S + 1]; their values are for `check_cu_values`."""
     import torch
 
     if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
@@ -47,16 +56,18 @@ def check_cu_seqlens(what: str, cu_seqlens: Tensor) -> None:
         )
     if not cu_seqlens.is_contiguous():
         raise KernelInputError(f"{what}: cu_seqlens has stride {cu_seqlens.stride(0)}, expected 1: call .contiguous()")
+    check_one_device(what, {"cu_seqlens": cu_seqlens})
 
 
-def check_cu_values(what: str, cu_seqlens: Tensor, total: int, least: int) -> None:
-    """Cumulative lengths run from 0 to `total` in steps of at least `least`.
+def check_cu_values(what: str, cu_seqlens: Tensor, total: int, least: int) -> list[int] | None:
+    """Cumulative lengths run from 0 to `total` in steps of at least `least`; returns them.
 
-    Reads the values: one wait for the device per slide batch (not per layer). A stream under CUDA graph capture
-    cannot wait, so there the caller vouches for them, as for everything else a graph replays.
+    Reads the values at every call: a wait for the device where they are on a GPU, so keep them on the CPU. A stream
+    under CUDA graph capture cannot wait: there nothing is read, None is returned, and the caller vouches for the
+    values, as for everything else a graph replays.
     """
     if not values_readable(cu_seqlens):
-        return
+        return None
     values = cu_seqlens.tolist()
     steps = [b - a for a, b in pairwise(values)]
     if values[0] != 0 or values[-1] != total or min(steps) < least:
@@ -64,13 +75,40 @@ def check_cu_values(what: str, cu_seqlens: Tensor, total: int, least: int) -> No
         raise KernelInputError(
             f"{what}: cu_seqlens is {shown}, expected to rise from 0 to {total} rows by at least {least} a slide"
         )
+    return values
+
+
+def cu_on_device(what: str, cu_seqlens: Tensor, device: torch.device) -> Tensor:
+    """`cu_seqlens` on a kernel's device. Raises KernelInputError where a CUDA graph would capture that copy."""
+    if cu_seqlens.device != device and capturing(device):
+        raise KernelInputError(
+            f"{what}: cu_seqlens is on {cu_seqlens.device} while a CUDA graph is captured, expected it on {device}: "
+            f"copy it there before the capture"
+        )
+    return cu_seqlens.to(device)
+
+
+def check_finite(what: str, numbers: dict[str, Sequence[float]]) -> None:
+    """Every one is a finite number (not a string, bool or NaN)."""
+    for name, values in numbers.items():
+        for value in values:
+            if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+                raise KernelInputError(f"{what}: {name} holds {value!r}, expected finite numbers")
 
 
 def values_readable(x: Tensor) -> bool:
     """Whether the host may read a tensor's values now: not while a CUDA graph is being captured."""
+    return not (x.is_cuda and capturing(x.device))
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether the current stream of a device records a CUDA graph; never on the CPU."""
     import torch
 
-    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def shipped_sm(x: Tensor) -> int:

@@ -5,11 +5,12 @@ One slide a launch. The kernel itself is launched: its parameters are inputs, in
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from wsi_rt.export.plugins.spec import Dim, Shape
-from wsi_rt.kernels.aot_case import SHIPPED_SM, AotCase
+from wsi_rt.export.plugins.spec import Dim, Shape, check_architecture
+from wsi_rt.kernels.aot_case import AotCase
 from wsi_rt.kernels.errors import KernelInputError
 
 WIDEST = 8192  # as the operator on a GPU
@@ -34,13 +35,12 @@ class PoolNormPad:
     other_inputs: ClassVar[tuple[str, ...]] = ("*", "*")
 
     def __post_init__(self) -> None:
-        if self.sm not in SHIPPED_SM:
-            raise KernelInputError(f"architecture {self.sm}, expected one of {', '.join(map(str, SHIPPED_SM))}")
+        check_architecture(self.sm)
         fits = 1 <= self.channels <= self.padded <= WIDEST and self.norm in (self.channels, self.padded)
-        if not fits or self.pooled < 1 or self.leading < 0 or not self.eps >= 0:
+        if not fits or self.pooled < 1 or self.leading < 0 or not 0 <= self.eps < math.inf:
             raise KernelInputError(
                 f"{self}: expected 1 <= channels <= padded <= {WIDEST}, norm one of the two, pooled >= 1, "
-                "leading >= 0, eps >= 0"
+                "leading >= 0, finite eps >= 0"
             )
 
     def dtypes(self) -> list[str]:

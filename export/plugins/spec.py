@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol
 
-from wsi_rt.kernels.aot_case import AotCase
+from wsi_rt.kernels.aot_case import SHIPPED_SM, AotCase
+from wsi_rt.kernels.errors import KernelInputError
 
 # A number, or TensorRT's symbolic expression of one: both know + - * //.
 Dim = Any
 Shape = Sequence[Dim]
+# GPUs that run the Triton operators by their elder's table, but load no PTX made for it: its target ends in "a".
+PTX_OF = {103: "sm_100a", 121: "sm_120a"}
 TENSORRT_TYPES = {"fp16": "FP16", "bf16": "BF16", "fp32": "FP32"}
 
 
@@ -33,6 +36,18 @@ class Plugin(Protocol):
 
     def scalars(self, *inputs: Shape) -> tuple[Dim, ...]:
         """The int32 arguments between inputs and output."""
+
+
+def check_architecture(sm: int) -> None:
+    """Raises KernelInputError on an architecture that no plugin's PTX loads on."""
+    expected = f"expected one of {', '.join(map(str, SHIPPED_SM))}"
+    if sm in PTX_OF:
+        raise KernelInputError(
+            f"architecture {sm}: PTX for {PTX_OF[sm]} does not load there, {expected}; "
+            "use the Triton operator outside TensorRT"
+        )
+    if sm not in SHIPPED_SM:
+        raise KernelInputError(f"architecture {sm}, {expected}")
 
 
 def io_types(plugin: Plugin) -> str:

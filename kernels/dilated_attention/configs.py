@@ -55,9 +55,18 @@ _HALF = {80: _AMPERE, 86: _AMPERE, 89: _AMPERE, 90: _HOPPER, 100: _BLACKWELL, 12
 _FMA, _FMA_LONG, _FMA_SMALL = Config(32, 32, 8, 2), Config(32, 64, 8, 2), Config(16, 16, 8, 2)
 _IEEE = dict.fromkeys(WIDTHS, _FMA) | {8: _FMA_LONG, 16: _FMA_LONG, 96: _FMA_SMALL, 128: _FMA_SMALL}
 _TF32 = dict.fromkeys(WIDTHS, _NARROW) | {64: _PAIRED, 96: _PAIRED, 128: _PAIRED}
-# Rows that do not start on 16 bytes are copied element by element through registers: smaller tiles. Not all of them are
-# compiled ahead of time: in tf32, D = 128 on sm_80 and D = 96 on sm_100 spill (8 and 19 instructions).
-_UNALIGNED = {"half": _PAIRED, "tf32": Config(64, 16, 8, 2)}
+# Rows that do not start on 16 bytes are copied element by element through registers: smaller tiles, one for all widths
+# but those at which it spills with Triton 3.8 (half: 4 instructions on sm_86 and sm_89; ieee: 4 on sm_90, 16 on sm_100,
+# 8 on sm_120). tf32 with 64 queries in 2 stages has 8 on sm_80 at D = 128, 19 on sm_100 at D = 96.
+_OFF_HALF, _OFF_IEEE, _OFF_TF32 = (dict.fromkeys(WIDTHS, c) for c in (_PAIRED, _FMA_SMALL, Config(32, 16, 8, 2)))
+_UNALIGNED = {
+    "half": dict.fromkeys(SHIPPED_SM, _OFF_HALF) | dict.fromkeys((86, 89), _OFF_HALF | {128: Config(32, 32, 8, 2)}),
+    "ieee": dict.fromkeys(SHIPPED_SM, _OFF_IEEE)
+    | dict.fromkeys((90, 100), _OFF_IEEE | {48: Config(16, 16, 8, 1)})
+    | {120: _OFF_IEEE | {24: Config(16, 16, 4, 2)}},
+    "tf32": dict.fromkeys(SHIPPED_SM, _OFF_TF32)
+    | {90: dict.fromkeys(WIDTHS, Config(64, 16, 8, 2)), 100: dict.fromkeys(WIDTHS, Config(64, 16, 8, 3))},
+}
 _TABLES = {
     "half": _HALF,
     "ieee": dict.fromkeys(SHIPPED_SM, _IEEE),
@@ -68,7 +77,7 @@ _TABLES = {
 def config(sm: int, kind: str, head_width: int, aligned: bool = True) -> Config:
     """sm: one of SHIPPED_SM; kind: "half" (fp16, bf16), or a precision of fp32; head_width: one of WIDTHS.
 
-    aligned: the rows of q, k and v start on 16 bytes, as those of every contiguous tensor of these widths do.
+    aligned: the rows of q, k and v start on 16 bytes, as those of every tensor of these widths do that is contiguous
+    and begins on 16 bytes itself.
     """
-    c = _TABLES[kind][sm][head_width]
-    return c if aligned else _UNALIGNED.get(kind, c)
+    return (_TABLES if aligned else _UNALIGNED)[kind][sm][head_width]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from wsi_rt.kernels.checks import check_cu_seqlens, check_floats
+from wsi_rt.kernels.checks import check_cu_seqlens, check_finite, check_floats
 from wsi_rt.kernels.errors import KernelInputError
 
 if TYPE_CHECKING:
@@ -32,17 +32,19 @@ def pool_norm_pad(
     decides the order (C: norm then pad; `padded`: pad then norm). A slide of N < `pooled` repeats tokens.
 
     Several slides in one launch: `cu_seqlens` [S + 1] int32 or int64, rising from 0 to N, gives [S, pooled, padded];
-    each slide's numbers are those it has alone. It may stay on the CPU; under CUDA graph capture it must lie on the
-    GPU, and its values are not checked. The first `leading` rows of every slide are left out (1: the CLS row).
+    each slide's numbers are those it has alone (on a GPU bit for bit where strides and alignment are the same too). It
+    may stay on the CPU; under CUDA graph capture it must lie on the GPU, and its values are not checked. The first
+    `leading` rows of every slide are left out (1: the CLS row).
 
-    CUDA tensors run the Triton kernel (sm_80 or newer, `padded` <= 8,192), CPU tensors plain torch. Traces and exports
-    as `torch.ops.wsi_rt.pool_norm_pad` (importing `library` registers it).
+    CUDA tensors run the Triton kernel (sm_80 or newer, `padded` <= 8,192, up to 65,535 slides), CPU tensors plain
+    torch. Traces and exports as `torch.ops.wsi_rt.pool_norm_pad` (importing `library` registers it).
     Raises KernelInputError on shapes, strides, dtypes, devices and lengths that do not fit. Source: SPEC 3.
     """
     from wsi_rt.kernels.pool_norm_pad.library import pool_norm_pad_op
 
     check_floats(OP, {"tokens": tokens, "weight": weight, "bias": bias}, dtype)
-    if leading < 0 or pooled < 1 or not eps >= 0:
+    check_finite(OP, {"eps": (eps,)})
+    if leading < 0 or pooled < 1 or eps < 0:
         raise KernelInputError(
             f"leading {leading}, pooled {pooled}, eps {eps}: expected leading >= 0, pooled >= 1, eps >= 0"
         )

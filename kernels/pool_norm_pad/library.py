@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from wsi_rt.kernels.checks import check_cu_values
+from wsi_rt.kernels.checks import check_cu_values, cu_on_device
 from wsi_rt.kernels.pool_norm_pad import OP
 from wsi_rt.kernels.pool_norm_pad.reference import pool_norm_pad_reference
 
@@ -49,7 +49,7 @@ def _cuda(
 
     if cu_seqlens is not None:
         check_cu_values(OP, cu_seqlens, tokens.shape[0], 1 + leading)
-        cu_seqlens = cu_seqlens.to(tokens.device)
+        cu_seqlens = cu_on_device(OP, cu_seqlens, tokens.device)
     return pool_norm_pad_triton(tokens, weight, bias, cu_seqlens, eps, pooled, padded, leading, dtype)
 
 

@@ -13,6 +13,7 @@ from wsi_rt.kernels.aot_case import SHIPPED_SM, AotCase
 from wsi_rt.kernels.checks import shipped_sm
 from wsi_rt.kernels.errors import KernelInputError
 
+MOST_SLIDES = 65_535  # CUDA's limit of a grid's second axis
 WIDEST = 8192  # channels after padding; a row of sums lives in registers
 
 # Per architecture: elements of the [rows, channels] tile whose sums a program holds in fp32 registers, and warps.
@@ -60,7 +61,8 @@ def pool_norm_pad_kernel(
 
     o_r, o_c = tl.arange(0, ROWS), tl.arange(0, BLOCK)
     # Row r of the tile sums rows first + r, first + r + ROWS, ...; then a tree over the tile's rows. The order depends
-    # on the bin's length alone: no atomics, the same bits in any batch.
+    # on the bin's length alone: no atomics, and the same bits in any batch whose rows have the same stride and
+    # alignment (Triton compiles for those, and may then let other threads hold other rows of the tree).
     b_sum = tl.zeros([ROWS, BLOCK], tl.float32)
     for row in range(first, last, ROWS):
         # [ROWS, BLOCK]
@@ -88,18 +90,21 @@ def pool_norm_pad_triton(
     padded: int,
     leading: int,
     dtype: torch.dtype,
-    out: Tensor | None = None,
 ) -> Tensor:
     """Launch on checked arguments -> [pooled, padded], or [S, pooled, padded] with `cu_seqlens` [S + 1].
 
-    `out`: contiguous, filled in place. Raises KernelInputError on a padded width above 8,192 and on a GPU older than
-    sm_80.
+    Raises KernelInputError on a padded width above 8,192, on more than 65,535 slides and on a GPU older than sm_80.
     """
     if padded > WIDEST:
         raise KernelInputError(f"padded width {padded}, expected at most {WIDEST} on a GPU")
-    shape = (pooled, padded) if cu_seqlens is None else (cu_seqlens.shape[0] - 1, pooled, padded)
-    out = tokens.new_empty(shape, dtype=dtype) if out is None else out
-    grid = (pooled, 1 if cu_seqlens is None else shape[0])
+    slides = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if slides > MOST_SLIDES:
+        raise KernelInputError(
+            f"{slides:,} slides in one launch, expected at most {MOST_SLIDES:,} on a GPU: split them"
+        )
+    shape = (pooled, padded) if cu_seqlens is None else (slides, pooled, padded)
+    out = tokens.new_empty(shape, dtype=dtype)
+    grid = (pooled, slides)
     constexprs, options = launch_options(shipped_sm(tokens), tokens.shape[1], padded, weight.shape[0], pooled, eps)
     with torch.cuda.device_of(tokens):
         pool_norm_pad_kernel[grid](

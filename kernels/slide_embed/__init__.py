@@ -30,7 +30,8 @@ def slide_embed(
     fp16, bf16 or fp32 in, computed in fp32, returned as `dtype` (default: that of `projected`). C is a multiple of 4.
 
     Several slides in one launch: `cu_seqlens` [S + 1] int32 or int64, rising from 0 to N by the tiles of each, gives
-    [N + S, C]: slide s begins at row cu_seqlens[s] + s with its own CLS. It may stay on the CPU.
+    [N + S, C]: slide s begins at row cu_seqlens[s] + s with its own CLS. It may stay on the CPU,
+    but for CUDA graph capture, which wants it on the GPU and leaves its values unchecked.
 
     CUDA tensors run the Triton kernel (sm_80 or newer), CPU tensors plain torch. Traces and exports as
     `torch.ops.wsi_rt.slide_embed` (importing `library` registers it).

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from wsi_rt.kernels.checks import check_cu_values, values_readable
+from wsi_rt.kernels.checks import check_cu_values, cu_on_device, values_readable
 from wsi_rt.kernels.errors import KernelInputError
 from wsi_rt.kernels.slide_embed import GRID, OP
 from wsi_rt.kernels.slide_embed.reference import slide_embed_reference
@@ -41,7 +41,7 @@ def _cuda(
     from wsi_rt.kernels.slide_embed.triton import slide_embed_triton
 
     _check_values(projected, positions, cu_seqlens)
-    cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(projected.device)
+    cu_seqlens = None if cu_seqlens is None else cu_on_device(OP, cu_seqlens, projected.device)
     return slide_embed_triton(projected, positions, bias, cls_token, cu_seqlens, dtype)
 
 

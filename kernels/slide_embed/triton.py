@@ -132,15 +132,14 @@ def slide_embed_triton(
     cls_token: Tensor,
     cu_seqlens: Tensor | None,
     dtype: torch.dtype,
-    out: Tensor | None = None,
 ) -> Tensor:
-    """Launch on checked arguments -> [N + S, C]; `out`: contiguous, filled in place.
+    """Launch on checked arguments -> [N + S, C].
 
     The first call for a width and device copies the phase steps there: make it before a CUDA graph is captured.
     Raises KernelInputError on a GPU older than sm_80.
     """
     (n, channels), slides = projected.shape, 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    out = projected.new_empty((n + slides, channels), dtype=dtype) if out is None else out
+    out = projected.new_empty((n + slides, channels), dtype=dtype)
     constexprs, options = launch_options(shipped_sm(projected), channels)
     grid = (triton.cdiv(n + slides, constexprs["ROWS"]), triton.cdiv(channels, constexprs["BLOCK"]))
     with torch.cuda.device_of(projected):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from wsi_rt.kernels.checks import check_floats
+from wsi_rt.kernels.checks import check_finite, check_floats, check_one_device
 from wsi_rt.kernels.errors import KernelInputError
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ def tile_normalize(
         )
     if not tiles.is_contiguous():
         raise KernelInputError(f"{OP}: tiles have strides {tuple(tiles.stride())}, expected contiguous memory")
+    check_one_device(OP, {"tiles": tiles})
+    check_finite(OP, {"mean": mean, "std": std})
     if len(mean) != 3 or len(std) != 3 or not all(s > 0 for s in std):
         raise KernelInputError(
             f"{OP}: mean {list(mean)}, std {list(std)}, expected three numbers each, every std above 0"

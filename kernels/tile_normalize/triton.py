@@ -58,14 +58,13 @@ def tile_normalize_triton(
     std: Sequence[float],
     crop: int,
     dtype: torch.dtype,
-    out: Tensor | None = None,
 ) -> Tensor:
-    """Launch on checked arguments -> [B, 3, crop, crop]; `out`: contiguous, filled in place.
+    """Launch on checked arguments -> [B, 3, crop, crop].
 
     Raises KernelInputError on a GPU older than sm_80.
     """
     shape = tuple(tiles.shape)
-    out = tiles.new_empty((shape[0], 3, crop, crop), dtype=dtype) if out is None else out
+    out = tiles.new_empty((shape[0], 3, crop, crop), dtype=dtype)
     constexprs, options = launch_options(shipped_sm(tiles), mean, std, shape[2], crop, is_hwc(shape))
     grid = (shape[0], triton.cdiv(crop * crop, constexprs["BLOCK"]))
     with torch.cuda.device_of(tiles):

@@ -28,7 +28,7 @@ WORKERS = 2  # a compilation is one thread and about 0.3 GB
 @click.option("--update", is_flag=True, help="Write the committed table (kernels/resources.json) anew.")
 @JSON
 def kernels(check: bool, ops: tuple[str, ...], sms: tuple[int, ...] | None, update: bool, as_json: bool) -> None:
-    """Compile every shipped GPU kernel without a GPU: registers, spills, occupancy, predicted time."""
+    """Compile the GPU kernels at the published sizes and dtypes, without a GPU: registers, spills, predicted time."""
     from wsi_rt.kernels import aot
 
     if check and update:

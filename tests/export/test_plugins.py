@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import typing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -55,7 +55,7 @@ def own_cache(tmp_path, monkeypatch):
 POINTER, SCALAR = "u64", "u32"
 ENTRIES = {
     "attention": (attention, [POINTER] * 4),
-    "pooling": (pooling, [POINTER] * 3 + [SCALAR] * 3 + [POINTER]),
+    "pooling": (lambda sm, dtype: pooling(sm), [POINTER] * 3 + [SCALAR] * 3 + [POINTER]),
 }
 
 
@@ -65,7 +65,7 @@ def each_entry():
             for dtype in ("fp16", "bf16", "fp32"):
                 quick = (sm, dtype) in {(80, "bf16"), (100, "fp16")}
                 marks = [] if quick else [pytest.mark.slow]
-                yield pytest.param(make(sm), dtype, types, id=f"{name}-sm{sm}-{dtype}", marks=marks)
+                yield pytest.param(make(sm, dtype), dtype, types, id=f"{name}-sm{sm}-{dtype}", marks=marks)
 
 
 @pytest.mark.parametrize(("plugin", "dtype", "types"), list(each_entry()))
@@ -167,9 +167,22 @@ def test_a_kernel_that_needs_scratch_memory_is_refused(scratch, monkeypatch):
         compile_plugin_kernel(attention(80).case("fp16"))
 
 
+SHARED = "needs 81920 bytes of shared memory, a TensorRT plugin gets 49152"
+
+
 def test_more_than_48_kb_of_shared_memory_is_refused():
-    with pytest.raises(KernelInputError, match="needs 81920 bytes of shared memory, a TensorRT plugin gets 49152"):
-        compile_plugin_kernel(attention(90, width=128).case("fp16"))
+    """By the committed table, before anything is compiled."""
+    with pytest.raises(KernelInputError, match=f"no dtype for programs of 64 queries .* sm_90: fp16 {SHARED}; bf16 "):
+        attention(90, width=128)
+    with pytest.raises(KernelInputError, match=r"fp32 at head width 64 on sm_100 needs 57376 bytes .*; use another"):
+        DilatedAttention.of(100, "fp32", 16, 64, *BRANCHES, precision="tf32")
+
+
+def test_more_than_48_kb_is_refused_where_the_compiler_takes_them(monkeypatch):
+    metadata = SimpleNamespace(shared=81920, global_scratch_size=0, profile_scratch_size=0)
+    monkeypatch.setattr(plugin_ptx, "compile_case", lambda case, version: SimpleNamespace(metadata=metadata, asm={}))
+    with pytest.raises(KernelInputError, match=SHARED):
+        compile_plugin_kernel(attention(80).case("fp16"))
 
 
 # --- geometry, shapes, types
@@ -178,7 +191,7 @@ def test_more_than_48_kb_of_shared_memory_is_refused():
 @pytest.mark.parametrize("length", [1, 2, 1001, 5793, 50_001])
 def test_attention_launches_what_the_operator_launches(length):
     plugin = attention(90)
-    tile, options = launch_options(90, torch.float16, 48, "tf32")
+    tile, options = launch_options(90, torch.float16, 48, "ieee")
     programs, branches = device_tables((length,), *BRANCHES, 16, tile["BLOCK_M"], torch.device("cpu"))
     shapes = (length, 3, 16, 48), tuple(programs.shape), tuple(branches.shape)
     assert plugin.grid(*shapes) == (len(programs), 1)
@@ -204,19 +217,32 @@ def test_a_longer_slide_never_has_fewer_programs():
     assert rows == sorted(rows)
     profile = DilatedAttention.of(80, "fp32", 3, 16, *branches).profile(*branches, (299, 1, 100))
     assert profile["qkv"] == [(n, 3, 3, 16) for n in (1, 100, 299)]
-    assert [n for n, _ in profile["programs"]] == [len(program_table((n,), *branches, 3, 64)) for n in (1, 100, 299)]
+    assert [n for n, _ in profile["programs"]] == [len(program_table((n,), *branches, 3, 32)) for n in (1, 100, 299)]
 
 
 @pytest.mark.parametrize("sm", SHIPPED_SM)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_types_are_those_whose_programs_the_table_fits(sm, width):
     """A table of 64 queries a program, read by a kernel of 32, would leave half of the output unwritten."""
-    half = DilatedAttention.of(sm, "fp16", 16, width, *BRANCHES)
-    assert io_types(half) == "FP16|BF16|FP32, INT32, INT32, FP16|BF16|FP32"
-    exact = DilatedAttention.of(sm, "fp32", 16, width, *BRANCHES, precision="ieee")
-    assert exact.block_m < half.block_m
+    exact = DilatedAttention.of(sm, "fp32", 16, width, *BRANCHES)
+    assert exact.precision == "ieee"
+    assert exact.block_m < 64
     assert io_types(exact) == "FP32, INT32, INT32, FP32"
-    with pytest.raises(KernelInputError, match=f"fp16 in blocks of {exact.block_m} queries, expected fp32"):
+    with pytest.raises(KernelInputError, match=r"no dtype for programs of 48 queries .* runs in programs of 64"):
+        replace(exact, block_m=48)
+    large = {name for name, r in aot.read_table()[1].items() if r.shared_bytes > 48 * 1024}
+    fits = [t for t in ("fp16", "bf16", "fp32-tf32") if f"dilated_attention/{t}-D{width}/sm{sm}" not in large]
+    if "fp16" not in fits:
+        with pytest.raises(
+            KernelInputError, match=f"head width {width} on sm_{sm}:? .*needs .* bytes of shared memory"
+        ):
+            attention(sm, width=width)
+    else:
+        half = DilatedAttention.of(sm, "fp16", 16, width, *BRANCHES, precision="tf32")
+        types = "|".join({"fp16": "FP16", "bf16": "BF16", "fp32-tf32": "FP32"}[t] for t in fits)
+        assert io_types(half) == f"{types}, INT32, INT32, {types}"
+        assert io_types(attention(sm, width=width)) == "FP16|BF16, INT32, INT32, FP16|BF16"
+    with pytest.raises(KernelInputError, match=f"fp16 in blocks of {exact.block_m} queries .*, expected fp32"):
         exact.case("fp16")
 
 
@@ -231,6 +257,9 @@ def test_pooling_types():
     ("make", "said"),
     [
         (lambda: attention(75), "architecture 75, expected one of 80"),
+        (lambda: attention(103), "architecture 103: PTX for sm_100a does not load there"),
+        (lambda: pooling(121), "architecture 121: PTX for sm_120a does not load there"),
+        (lambda: DilatedAttention.of(80, "int8", 4, 16, [8], [1]), "dtype 'int8', expected one of fp16"),
         (lambda: attention(80, width=40), "head width 40, expected one of 8"),
         (lambda: DilatedAttention.of(80, "fp32", 4, 16, [8], [1], "fp8"), "precision 'fp8', expected one of ieee"),
         (lambda: DilatedAttention.of(80, "fp16", 0, 16, [8], [1]), "0 heads"),
@@ -239,6 +268,7 @@ def test_pooling_types():
         (lambda: pooling(80, norm=900), "norm one of the two"),
         (lambda: pooling(80, padded=9000), "padded <= 8192"),
         (lambda: pooling(80, eps=float("nan")), "eps >= 0"),
+        (lambda: pooling(80, eps=float("inf")), "finite eps"),
     ],
 )
 def test_attributes_that_no_kernel_computes_are_refused(make, said):

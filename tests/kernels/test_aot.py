@@ -79,7 +79,7 @@ def test_a_kernel_of_every_operator_and_architecture_is_as_committed():
 
 
 @SAME_TRITON
-@pytest.mark.slow
+@pytest.mark.full
 def test_every_kernel_is_as_committed(wsi_rt_process):
     done = wsi_rt_process("kernels", "--check", "--json", timeout=3000)
     assert done.code == 0, done.err

@@ -23,12 +23,14 @@ def test_chunks_hold_a_head_without_a_chunk_in_vain(width):
 
 def test_every_configuration_is_a_case():
     cases = aot_cases()
-    assert len(cases) == len(SHIPPED_SM) * (len(WIDTHS) * 4 + 2)  # and two with rows off 16 bytes
+    assert len(cases) == len(SHIPPED_SM) * len(WIDTHS) * 4 * 2  # rows on 16 bytes, and off
     assert len({case.name for case in cases}) == len(cases)
     for case in cases:
         assert list(case.signature) == case.kernel.arg_names
         assert {n for n, kind in case.signature.items() if kind == "constexpr"} == set(case.constexprs)
         assert case.matrix == ("ieee" not in case.variant)
+        rows = {"q", "k", "v"} if case.constexprs["UNIT"] == 8 else set()
+        assert set(case.divisible) == {"out", "programs", "branches"} | rows
 
 
 @pytest.mark.parametrize("sm", [90, 100])

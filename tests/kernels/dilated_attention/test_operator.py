@@ -11,7 +11,12 @@ import pytest
 torch = pytest.importorskip("torch", reason="the export extra is not installed")
 
 from wsi_rt.kernels.dilated_attention import dilated_attention  # noqa: E402
-from wsi_rt.kernels.dilated_attention.launch import check_launch, slide_lengths  # noqa: E402
+from wsi_rt.kernels.dilated_attention.launch import (  # noqa: E402
+    check_launch,
+    device_tables,
+    rows_aligned,
+    slide_lengths,
+)
 from wsi_rt.kernels.dilated_attention.library import dilated_attention_op  # noqa: E402
 from wsi_rt.kernels.errors import KernelInputError  # noqa: E402
 
@@ -80,7 +85,12 @@ X = torch.zeros(4, 2, 16)
 REFUSED = {
     "lists of unequal length": ((X, X, X, [4], [1, 2]), {}, r"1 segment lengths for 2 ratios, expected as many"),
     "no branch": ((X, X, X, [], []), {}, r"0 segment lengths for 0 ratios"),
-    "ratio 0": ((X, X, X, [4], [0]), {}, r"ratios \[0\]: expected positive"),
+    "ratio 0": ((X, X, X, [4], [0]), {}, r"ratios \[0\] hold 0, expected positive"),
+    "ratio 2^70": ((X, X, X, [4], [2**70]), {}, r"hold 1180591620717411303424, expected positive integers below 2\^63"),
+    "length 4.0": ((X, X, X, [4.0], [1]), {}, r"segment lengths \[4.0\] hold 4.0, expected positive integers"),
+    "length True": ((X, X, X, [True], [1]), {}, r"hold True, expected positive integers"),
+    "scalar": ((X, X, X, 4, [1]), {}, r"segment lengths 4, expected a list of integers"),
+    "string": ((X, X, X, [4], "1"), {}, r"ratios '1', expected a list of integers"),
     "unequal shapes": ((X, X, X[:3], [4], [1]), {}, r"\(3, 2, 16\)\], expected three equal shapes"),
     "two axes": ((X[0], X[0], X[0], [4], [1]), {}, r"expected three equal shapes \[L >= 1, H, D\]"),
     "L = 0": ((X[:0], X[:0], X[:0], [4], [1]), {}, r"\(0, 2, 16\).*expected three equal shapes \[L >= 1"),
@@ -110,15 +120,48 @@ def test_refused_before_a_launch():
     """What only the kernel asks for, beyond the operator."""
     odd = torch.zeros(4, 2, 20)
     with pytest.raises(KernelInputError, match=r"head width 20, expected one of 8, 16, 24"):
-        check_launch(odd, odd, odd, None)
+        check_launch(odd, odd, odd)
     far = torch.empty(2**31 + 64, device="meta").as_strided((2, 1, 16), (2**31, 16, 1))
     with pytest.raises(KernelInputError, match=r"k has strides \(2147483648, 16, 1\), expected less than 2\^31"):
-        check_launch(X, far, X, None)
+        check_launch(X, far, X)
     many = X[:1].expand(2**30 + 1, 2, 16)
     with pytest.raises(KernelInputError, match=r"1,073,741,825 tokens in one launch, expected at most 1,073,741,824"):
-        check_launch(many, many, many, None)
+        check_launch(many, many, many)
 
 
 def test_lengths_of_slides():
     assert slide_lengths(9, None) == (9,)
     assert slide_lengths(9, torch.tensor([0, 2, 9], dtype=torch.int32)) == (2, 7)
+
+
+def test_rows_start_on_16_bytes_where_the_first_does_and_every_stride():
+    x = torch.zeros(4, 3, 2, 16, dtype=torch.float16)
+    assert rows_aligned(*x.unbind(1))
+    late = torch.zeros(4 * 2 * 16 + 1, dtype=torch.float16)[1:].view(4, 2, 16)
+    assert late.is_contiguous()
+    assert not rows_aligned(late)
+    assert not rows_aligned(x[:, 0], late, x[:, 2])
+    assert not rows_aligned(torch.zeros(4, 2, 20, dtype=torch.float16)[..., :16])
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """As while a CUDA graph is captured; a stand-in, for there is none without a GPU."""
+    monkeypatch.setattr("wsi_rt.kernels.dilated_attention.launch.capturing", lambda device: True)
+    monkeypatch.setattr("wsi_rt.kernels.checks.values_readable", lambda x: False)
+
+
+def test_a_capture_makes_no_tables(captured, monkeypatch):
+    device_tables.cache_clear()
+    call = (7, 9), (4,), (1,), 2, 16, torch.device("cpu")
+    with pytest.raises(KernelInputError, match=r"no tables yet for slides of 7, 9 tokens .* have run once before"):
+        device_tables(*call)
+    with monkeypatch.context() as before:
+        before.setattr("wsi_rt.kernels.dilated_attention.launch.capturing", lambda device: False)
+        made = device_tables(*call)
+    assert device_tables(*call) is made
+
+
+def test_a_capture_does_not_read_lengths(captured):
+    with pytest.raises(KernelInputError, match=r"cu_seqlens is on the GPU while a CUDA graph is captured.*\.cpu\(\)"):
+        slide_lengths(9, torch.tensor([0, 9]))

@@ -109,3 +109,10 @@ def test_rows_too_wide_for_registers_are_refused(kernel_device):
     with pytest.raises(KernelInputError, match="padded width 8193, expected at most 8192 on a GPU"):
         pooled(tokens, weight, bias, 4, 8193)
     assert pooled(tokens, weight, bias, 1, 8192).shape == (1, 8192)
+
+
+def test_more_slides_than_a_grid_has_rows_are_refused(kernel_device):
+    tokens, weight, bias = inputs(65_536, 4, 4, torch.float16, kernel_device)
+    cu = torch.arange(65_537, device=kernel_device)
+    with pytest.raises(KernelInputError, match="65,536 slides in one launch, expected at most 65,535 on a GPU"):
+        pooled(tokens, weight, bias, 1, 4, cu_seqlens=cu)

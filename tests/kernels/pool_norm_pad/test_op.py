@@ -33,6 +33,8 @@ def pooled(tokens=TOKENS, weight=NORM, bias=NORM, eps=1e-6, bins=4, padded=12, *
         (r"padded width 7 is below the 8 channels", {"padded": 7}),
         (r"pooled 0, eps 1e-06: expected", {"bins": 0}),
         (r"eps -1.0: expected", {"eps": -1.0}),
+        (r"eps holds inf, expected finite numbers", {"eps": float("inf")}),
+        (r"eps holds '1e-6', expected finite numbers", {"eps": "1e-6"}),
         (r"dtype is torch.float64, expected", {"dtype": torch.float64}),
         (r"cu_seqlens is torch.float32 \[2\], expected int32 or int64", {"cu_seqlens": torch.tensor([0.0, 9.0])}),
         (

@@ -57,6 +57,8 @@ def test_both_layouts_and_tiles_cropped_before_agree():
         (r"tiles are 256 px, expected 256 px .* or 300 px", {"crop": 300}),
         (r"expected contiguous memory", {"tiles": TILES[:, :224, :224]}),
         (r"mean \[0.5\], std .*, expected three numbers each", {"mean": (0.5,)}),
+        (r"mean holds nan, expected finite numbers", {"mean": (0.5, float("nan"), 0.5)}),
+        (r"std holds inf, expected finite numbers", {"std": (0.2, float("inf"), 0.2)}),
         (r"every std above 0", {"std": (0.2, 0.0, 0.2)}),
         (r"dtype is torch.uint8, expected", {"dtype": torch.uint8}),
     ],
