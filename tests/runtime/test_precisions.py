@@ -38,13 +38,13 @@ def test_it_answers_and_is_smaller(narrow, nano_bundle, slide):
 
 def test_inspect_tells_bits_block_and_symmetry(narrow, wsi_rt):
     out = wsi_rt("inspect", narrow).out
-    assert "  weights: 20 Linear layers in 4 bits, one scale per 32, asymmetric" in out
-    assert "  weights: 9 Linear layers in 8 bits, one scale per 32, symmetric" in out
+    assert "  weights: 16 Linear layers in 4 bits, one scale per 32, asymmetric" in out
+    assert "  weights: 13 Linear layers in 8 bits, one scale per 32, symmetric" in out
     assert "  weights: 12 Linear layers in 8 bits, one scale per 32, symmetric" in out
     assert out.count("rounded weights: off by") == 3
     told = json.loads(wsi_rt("inspect", narrow, "--json").out)["components"]["llm"]["targets"]["ort-cpu"]
     assert told["precision"] == "int4"
-    assert told["formats"]["int4x32"] == {"bits": 4, "block": 32, "symmetric": False, "layers": 20}
+    assert told["formats"]["int4x32"] == {"bits": 4, "block": 32, "symmetric": False, "layers": 16}
 
 
 def test_verify_passes(narrow, wsi_rt):
