@@ -136,14 +136,17 @@ def write_check(path: Path, inputs: Arrays, outputs: Arrays) -> None:
 
 def run_probe(c: ComponentConfig, path: Path, inputs: Arrays, threads: int = 0) -> list[NDArray[np.float32]]:
     """What goes into the first layer of a target's graph, and comes out of each. threads 0: onnxruntime's default."""
+    feeds = _llama_feeds(c, path, inputs, threads) if isinstance(c, LlamaConfig) else inputs
     session = open_session(path, path.parent, threads)
-    names = [o.name for o in session.get_outputs() if o.name.startswith("probe.")]
-    if not isinstance(c, LlamaConfig):
-        return session.run(names, inputs)
+    return session.run([o.name for o in session.get_outputs() if o.name.startswith("probe.")], feeds)
+
+
+def _llama_feeds(c: LlamaConfig, path: Path, inputs: Arrays, threads: int) -> Arrays:
+    """Prompt and answer as one call of the decoder graph at `path`; the table's session is closed before that opens."""
     embed = open_session(path.with_name("embed.onnx"), path.parent, threads)
     embeds = np.concatenate([inputs["embeds"], embed.run(["embeds"], {"input_ids": inputs["token_ids"]})[0]])
     past = np.zeros((1, c.kv_heads, len(embeds), c.head_width), np.float32)
-    feeds = {f"past.{i}.{part}": past for i in range(c.layers) for part in ("key", "value")}
+    feeds: Arrays = {f"past.{i}.{part}": past for i in range(c.layers) for part in ("key", "value")}
     feeds["seqlens_k"] = np.array([len(embeds) - 1], np.int32)
     feeds["total_sequence_length"] = np.array(len(embeds), np.int32)
-    return session.run(names, {"inputs_embeds": embeds[None], **feeds})
+    return {"inputs_embeds": embeds[None], **feeds}

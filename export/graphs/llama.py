@@ -183,7 +183,9 @@ class OrtCpuLlamaGraph(LlamaGraph):
     def make_attention(self, q: str, k: str, v: str, i: int) -> str:
         b, c, s = self.b, self.c, self.shared
         dims: list[Any] = ["batch", c.kv_heads, "capacity", c.head_width]
-        present = [b.bind_output(f"present.{i}.{part}", FLOAT, dims) for part in ("key", "value")]
+        names = [f"present.{i}.{part}" for part in ("key", "value")]
+        # A probe takes one call: as outputs, all layers' KV would stay in memory beside the weights to its end.
+        present = names if self.style.probe else [b.bind_output(n, FLOAT, dims) for n in names]
         with b.scope("gqa"):
             out = f"/layers.{i}/attn/gqa:0"
             b.op(

@@ -54,7 +54,7 @@ def _component(name: str, c: EngineManifest, size: int) -> list[str]:
         ]
         lines.append(
             f"  parity{of} against fp32 torch: relative error {p['max_rel']:.1e} (gate {gate['max_rel']:.0e}), "
-            f"cosine {p['min_cosine']:.7f} (gate {gate['min_cosine']})"
+            f"cosine {p['min_cosine']:.7f} (gate {gate['min_cosine']:.6g})"
         )
         if layers:
             lines.append(
