@@ -140,7 +140,8 @@ def require(name: str, what: str, parity: Parity, gate: Gate) -> None:
     if not parity.passes(gate):
         raise ParityError(
             f"{name} ({what}) differs from the fp32 reference: relative error {parity.max_rel:.2e} (at most "
-            f"{gate.max_rel:.0e}), cosine {parity.min_cosine:.7f} (at least {gate.min_cosine:.6g}); {_what_now(name, gate)}"
+            f"{gate.max_rel:.0e}), cosine {parity.min_cosine:.7f} (at least {gate.min_cosine:.6g}); "
+            f"{_what_now(name, gate)}"
         )
 
 
