@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import shlex
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,14 +20,14 @@ from wsi_rt.export.component import build_component
 from wsi_rt.export.precision import parse_precision, weight_bytes
 from wsi_rt.export.sources.checkpoint import Checkpoint, Sources, resolve
 from wsi_rt.export.sources.weights import Part
-from wsi_rt.export.staging import staged_directory
+from wsi_rt.export.staging import require_room, staged_directory, standing_parent
 from wsi_rt.export.targets import lowering
 from wsi_rt.runtime import manifest as m
-from wsi_rt.runtime.atomic import plain_os_error
+from wsi_rt.runtime.atomic import is_vacant, plain_os_error
 from wsi_rt.runtime.bundle import STAMP_NAME, Bundle, stamp_file, write_stamp
 from wsi_rt.runtime.config import TARGET_MPP, GenerationSettings
 from wsi_rt.runtime.engines.registry import backend
-from wsi_rt.runtime.errors import InputError, MachineError
+from wsi_rt.runtime.errors import InputError
 from wsi_rt.runtime.hashing import sha256_file, sha256_json
 from wsi_rt.runtime.threads import resolve_threads
 from wsi_rt.runtime.types import TILE_PX
@@ -141,7 +140,7 @@ def is_up_to_date(plan: BuildPlan) -> bool:
 
 def _holds_bundle(out: Path) -> bool:
     """False: nothing, or an empty folder. Raises InputError when it holds anything that no build writes."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if is_vacant(out):
         return False
     if not ((out / m.FILE_NAME).is_file() and any((out / n).is_dir() for n in m.COMPONENTS)):
         raise InputError(f"{out}: exists and is no engine bundle; choose another --out")
@@ -193,17 +192,11 @@ def _build_one(plan: BuildPlan, name: str, part: Part, work: Path, on_step: OnSt
 
 def check_place(plan: BuildPlan) -> None:
     """Raises InputError or MachineError when the bundle cannot be written, or has no room."""
-    place = Path(os.path.realpath(plan.request.out)).parent
-    while not place.exists():
-        place = place.parent
+    place = standing_parent(plan.request.out)
     flaw = errno.ENOTDIR if not place.is_dir() else 0 if os.access(place, os.W_OK) else errno.EACCES
     if flaw:
         raise plain_os_error(OSError(flaw, os.strerror(flaw)), plan.request.out)
-    free, needed = shutil.disk_usage(place).free, plan.estimated_bytes
-    if free < needed:
-        raise MachineError(
-            f"{place}: {free / 1e9:.1f} GB free, the bundle needs about {needed / 1e9:.1f} GB; choose another --out"
-        )
+    require_room(plan.request.out, plan.estimated_bytes, "the bundle needs about")
 
 
 def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:

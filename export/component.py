@@ -29,7 +29,6 @@ from wsi_rt.runtime.parity import (
     check_component,
     compare,
     later_gate,
-    load_check,
     require,
     require_layers,
     require_rounding,
@@ -61,9 +60,8 @@ def build_component(
         check_model(path)
     on_step("fp32 reference, layer by layer")
     inputs = check_inputs(part.config)
-    layers, rounding = hold_against_reference(component, lowered.probe, precision, inputs, threads)
+    expected, layers, rounding = hold_against_reference(component, lowered.probe, precision, inputs, threads)
     on_step("parity of the portable graph")
-    _, expected = load_check(work / name / CHECK)
     portable = compare(run_portable(part.config, graphs, inputs, threads), expected)
     require(name, "portable graph", portable, GATES["fp32"])
     compiled = compiled_entry(lowered, work, part.config, precision)
@@ -82,9 +80,9 @@ def build_component(
 
 def hold_against_reference(
     component: Component, probe: Path, precision: str, inputs: Arrays, threads: int
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Writes the stored check, and removes the probe. -> what the manifest records of the layers, and of the weights'
-    rounding: the worst tensor, and how far the outputs move by it."""
+) -> tuple[Arrays, dict[str, Any], dict[str, Any]]:
+    """Writes the stored check, and removes the probe. -> the outputs in it, and what the manifest records of the layers
+    and of the weights' rounding: the worst tensor, and how far the outputs move by it."""
     config, source = component.config, component.source
     trajectory = run_probe(config, probe, inputs, threads)
     probe.unlink()
@@ -93,11 +91,11 @@ def hold_against_reference(
     layers = require_layers(config.component, reference.layers, GATES[precision])
     write_check(component.weights.path.with_name(CHECK), inputs, reference.outputs)
     if precision == "fp32":
-        return layers, {}
+        return reference.outputs, layers, {}
     checkpoint = Compared(source, stored)
     whole = reference_outputs(config, checkpoint, inputs, threads).outputs
     rounding = require_rounding(config.component, checkpoint.errors, precision)
-    return layers, rounding | {"outputs": compare(reference.outputs, whole).to_json()}
+    return reference.outputs, layers, rounding | {"outputs": compare(reference.outputs, whole).to_json()}
 
 
 def open_component(part: Part, folder: Path, precision: str) -> Component:

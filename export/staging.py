@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from wsi_rt.runtime.atomic import plain_os_error
-from wsi_rt.runtime.errors import InputError
+from wsi_rt.runtime.errors import InputError, MachineError
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -53,6 +53,21 @@ def staged_directory(target: Path, may_replace: Callable[[Path], None] = lambda 
                 with suppress(OSError):
                     folder.rmdir()
         os.close(lock)
+
+
+def standing_parent(target: Path) -> Path:
+    """The nearest folder above `target` that is there already, links resolved."""
+    return next(p for p in Path(os.path.realpath(target)).parents if p.exists())
+
+
+def require_room(target: Path, needed_bytes: int, what: str) -> None:
+    """Raises MachineError when the disk below `target` has less; `what`: "the bundle needs"."""
+    place = standing_parent(target)
+    free = shutil.disk_usage(place).free
+    if free < needed_bytes:
+        raise MachineError(
+            f"{place}: {free / 1e9:.1f} GB free, {what} {needed_bytes / 1e9:.1f} GB; choose another --out"
+        )
 
 
 def _lock(work: Path, target: Path) -> int:

@@ -48,6 +48,11 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         _sync(target.parent, os.O_RDONLY)
 
 
+def is_vacant(path: Path) -> bool:
+    """Nothing stands there, or an empty folder."""
+    return not path.exists() or (path.is_dir() and not any(path.iterdir()))
+
+
 def _sync(path: Path, flags: int) -> None:
     descriptor = os.open(path, flags)
     try:

@@ -10,6 +10,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from wsi_rt.runtime.atomic import is_vacant
 from wsi_rt.runtime.errors import EngineMismatchError, InputError
 from wsi_rt.runtime.hashing import sha256_json
 
@@ -164,7 +165,7 @@ def _from_json(data: Mapping[str, Any]) -> Manifest:
 
 def _free_place(root: Path) -> Path:
     """Where a build would not be refused: `root`, unless something stands there already."""
-    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+    if is_vacant(root):
         return root
     near = root / "engines" if root.is_dir() else root.with_name(f"{root.name}-engines")
     return next(p for i in count(1) if not (p := near if i == 1 else near.with_name(f"{near.name}-{i}")).exists())

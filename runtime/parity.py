@@ -78,7 +78,12 @@ class Parity:
         return self.max_rel <= gate.max_rel and self.min_cosine >= gate.min_cosine  # NaN fails both
 
     def to_json(self) -> dict[str, float]:
-        return {k: float(f"{v:.6g}") for k, v in asdict(self).items()}
+        return {k: short(v) for k, v in asdict(self).items()}
+
+
+def short(x: float) -> float:
+    """As reports store it: six digits."""
+    return float(f"{x:.6g}")
 
 
 def compare(actual: Arrays, expected: Arrays) -> Parity:
@@ -97,9 +102,13 @@ def _compare_one(actual: NDArray[Any] | None, reference: NDArray[Any]) -> Parity
         return Parity(float("inf"), float("inf"), -1.0)
     a, e = actual.astype(np.float64), reference.astype(np.float64)
     max_abs = float(np.abs(a - e).max())
+    return Parity(max_abs, max_abs / max(float(np.abs(e).max()), 1e-30), float(row_cosines(a, e).min()))
+
+
+def row_cosines(a: NDArray[np.float64], e: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[..., C] each -> [...]; of a row of zeros 1 where both are, 0 else."""
     norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(e, axis=-1)
-    cosine = np.where(norms > 0, (a * e).sum(-1) / np.where(norms > 0, norms, 1.0), np.all(a == e, axis=-1))
-    return Parity(max_abs, max_abs / max(float(np.abs(e).max()), 1e-30), float(cosine.min()))
+    return np.where(norms > 0, (a * e).sum(-1) / np.where(norms > 0, norms, 1.0), np.all(a == e, axis=-1))
 
 
 def load_check(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
@@ -175,8 +184,8 @@ def require_layers(name: str, errors: Mapping[str, LayerError], gate: Gate) -> d
     return {
         "count": len(errors),
         "worst": worst,
-        "error": float(f"{errors[worst].total:.6g}"),
-        "row": float(f"{rows:.6g}"),
+        "error": short(errors[worst].total),
+        "row": short(rows),
     }
 
 
@@ -187,8 +196,7 @@ def require_rounding(name: str, errors: Mapping[str, float], precision: str) -> 
         if not error <= MAX_ROUNDING[precision]:
             raise ParityError(
                 f"{name}: {tensor} is stored {error:.2e} of its size away from the checkpoint's (at most "
-                f"{MAX_ROUNDING[precision]} in {precision}), the first that is; nothing was installed; if the "
-                f"checkpoint is sound, try --precision {name}=fp32"
+                f"{MAX_ROUNDING[precision]} in {precision}), the first that is; {_what_now(name, GATES[precision])}"
             )
     worst = max(errors, key=lambda n: errors[n])
-    return {"worst": worst, "error": float(f"{errors[worst]:.6g}")}
+    return {"worst": worst, "error": short(errors[worst])}

@@ -21,7 +21,7 @@ from wsi_rt.kernels.slide_embed.reference import position_embedding, slide_embed
 from wsi_rt.kernels.tile_normalize import tile_normalize
 from wsi_rt.kernels.tile_normalize.reference import tile_normalize_reference
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 BRANCHES = (SEGMENT_LENGTHS, DILATED_RATIOS)
 NORM_EPS = 1e-6
 MEAN, STD, CROP = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 224

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from wsi_rt.export.arch import LlamaConfig, Shapes
-from wsi_rt.export.sources.weights import F32, WeightSource
+from wsi_rt.export.sources.weights import F32, Derived, WeightSource
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _SCALE = 2  # lora_alpha / r, as in the published training script (256 / 128)
@@ -31,21 +31,18 @@ def alpha_for(c: LlamaConfig) -> int:
     return _SCALE * rank_for(c)
 
 
-class Taken(WeightSource):
+class Taken(Derived):
     """Tensors computed from another source's: the base of the split, or its adapter."""
 
     def __init__(self, source: WeightSource, shapes: Shapes, make: Callable[[str], F32]) -> None:
-        self.label = source.label
-        self._source, self._shapes, self._make = source, shapes, make
+        super().__init__(source)
+        self._shapes, self._make = shapes, make
 
     def shapes(self) -> Shapes:
         return dict(self._shapes)
 
     def get(self, name: str) -> F32:
         return self._make(name)
-
-    def digest(self) -> str:
-        return self._source.digest()
 
 
 def split(source: WeightSource, c: LlamaConfig, dtype: torch.dtype) -> tuple[Taken, Taken]:

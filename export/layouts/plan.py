@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,10 @@ from wsi_rt.export.layouts.writers import DTYPES, Piece, index_of, shards
 from wsi_rt.export.sources.presets import PRESETS, Preset
 from wsi_rt.export.sources.synthetic import SyntheticSource, uniform
 from wsi_rt.export.sources.weights import F32, Overlay, Renamed, WeightSource
-from wsi_rt.export.staging import staged_directory
+from wsi_rt.export.staging import require_room, staged_directory
 from wsi_rt.export.tokenizer import synthetic_tokenizer
-from wsi_rt.runtime.errors import InputError, MachineError
+from wsi_rt.runtime.atomic import is_vacant
+from wsi_rt.runtime.errors import InputError
 
 SHARD_BYTES = 2_000_000_000  # a .bin shard is in memory while it is written
 LLAVA, BASE = "llava", "llava_base"
@@ -67,7 +67,7 @@ def plan_layout(
 def write_layout(plan: LayoutPlan, on_file: Callable[[str], None] = lambda _: None) -> None:
     """Write aside and rename: `plan.out` is there whole or not at all. One tensor is in memory at a time, or one
     `.bin` or `.pth` file. MachineError: no room."""
-    _require_room(plan)
+    require_room(plan.out, plan.stored_bytes, "the checkpoint needs")
     with staged_directory(plan.out, _require_empty) as work:
         for piece in plan.pieces:
             on_file(piece.path)
@@ -81,17 +81,8 @@ def write_layout(plan: LayoutPlan, on_file: Callable[[str], None] = lambda _: No
 
 
 def _require_empty(out: Path) -> None:
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if not is_vacant(out):
         raise InputError(f"{out}: exists and is not empty, expected a new folder; choose another --out")
-
-
-def _require_room(plan: LayoutPlan) -> None:
-    place = next(p for p in plan.out.resolve().parents if p.exists())
-    free, needed = shutil.disk_usage(place).free, plan.stored_bytes
-    if free < needed:
-        raise MachineError(
-            f"{place}: {free / 1e9:.1f} GB free, the checkpoint needs {needed / 1e9:.1f} GB; choose another --out"
-        )
 
 
 class _Unused(WeightSource):

@@ -16,10 +16,8 @@ def stream_weights(module: nn.Module, units: Sequence[str], get: Callable[[str],
     """Give a module built on the meta device its weights: those of the submodules `units` before each of their
     forwards, taken back after it; all others now, for good. `get`: state-dict name -> fp32 array.
     """
-    rest = [
-        n for n, _ in module.named_parameters(remove_duplicate=False) if not n.startswith(tuple(f"{u}." for u in units))
-    ]
-    for name in rest:
+    streamed = tuple(f"{unit}." for unit in units)
+    for name in [n for n, _ in module.named_parameters(remove_duplicate=False) if not n.startswith(streamed)]:
         owner, _, leaf = name.rpartition(".")
         _assign(module.get_submodule(owner), {leaf: get(name)})
     for unit in units:

@@ -12,8 +12,7 @@ from typing import ClassVar
 from wsi_rt.export.plugins.spec import Dim, Shape, check_architecture
 from wsi_rt.kernels.aot_case import AotCase
 from wsi_rt.kernels.errors import KernelInputError
-
-WIDEST = 8192  # as the operator on a GPU
+from wsi_rt.kernels.pool_norm_pad import WIDEST
 
 
 @dataclass(frozen=True)

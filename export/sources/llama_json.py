@@ -62,7 +62,7 @@ def read_settings(path: Path, base: Path | None) -> tuple[dict[str, Any], str]:
 
 
 def _spoken(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Without nulls, which leave a setting to its default."""
+    """Without nulls, which leave a setting to transformers' default."""
     return {k: v for k, v in data.items() if v is not None}
 
 
@@ -79,7 +79,7 @@ def _deciding(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def llama_config(data: Mapping[str, Any], label: str) -> LlamaConfig:
     """A Hugging Face `config.json` -> LlamaConfig; raises CheckpointError naming what is not supported."""
-    f = Fields({k: v for k, v in data.items() if v is not None}, f"{label}: config.json")  # null: transformers' default
+    f = Fields(_spoken(data), f"{label}: config.json")
     rope = _plain_rope(f, data)
     heads, hidden = f.whole("num_attention_heads"), f.whole("hidden_size")
     kv_heads = f.whole("num_key_value_heads", default=heads)
@@ -124,4 +124,4 @@ def _plain_rope(f: Fields, data: Mapping[str, Any]) -> Fields:
     if any(refused.values()):
         names = [f"{n} = {data.get(n)!r}" for n, bad in refused.items() if bad]
         raise CheckpointError(f"{f.label}: {', '.join(names)} is not supported, expected a plain Llama")
-    return Fields({k: v for k, v in rope.items() if v is not None}, f"{f.label}: {rope_name}")
+    return Fields(_spoken(rope), f"{f.label}: {rope_name}")

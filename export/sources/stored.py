@@ -7,16 +7,13 @@ import numpy as np
 from wsi_rt.export.arch import EMBED_TOKENS, LM_HEAD, ComponentConfig, LlamaConfig, Shapes
 from wsi_rt.export.graphs.builder import WeightFile
 from wsi_rt.export.quantise import BlockFormat, Blocks, FormatOf, unpack
-from wsi_rt.export.sources.weights import F32, WeightSource
+from wsi_rt.export.sources.weights import F32, Derived, WeightSource
 
 HEAD, TABLE = f"{LM_HEAD}.weight", f"{EMBED_TOKENS}.weight"
 
 
-class TiedHead(WeightSource):
+class TiedHead(Derived):
     """A language model whose output layer is its embedding table, with both under their names."""
-
-    def __init__(self, source: WeightSource) -> None:
-        self.label, self._source = source.label, source
 
     def shapes(self) -> Shapes:
         shapes = self._source.shapes()
@@ -25,9 +22,6 @@ class TiedHead(WeightSource):
     def get(self, name: str) -> F32:
         return self._source.get(TABLE if name == HEAD else name)
 
-    def digest(self) -> str:
-        return self._source.digest()
-
 
 def with_head(config: ComponentConfig, source: WeightSource) -> WeightSource:
     """`source`, in which the component's every Linear has a tensor of its own name."""
@@ -35,14 +29,12 @@ def with_head(config: ComponentConfig, source: WeightSource) -> WeightSource:
     return TiedHead(source) if tied else source
 
 
-class Stored(WeightSource):
+class Stored(Derived):
     """`source`, but Linear layers in integer blocks are read back from `file`, where a target's graph put them."""
 
     def __init__(self, source: WeightSource, file: WeightFile, format_of: FormatOf) -> None:
-        self.label, self._source, self._file, self._format_of = source.label, source, file, format_of
-
-    def shapes(self) -> Shapes:
-        return self._source.shapes()
+        super().__init__(source)
+        self._file, self._format_of = file, format_of
 
     def form(self, name: str) -> BlockFormat | None:
         """The format of a tensor that is a Linear's matrix in blocks; None for any other."""
@@ -64,20 +56,15 @@ class Stored(WeightSource):
             zeros = unpack(self._file.read(f"{kind}.zeros").reshape(out, -1), form)[:, : dims[1]]
         return Blocks(form, codes, scales, zeros).dequantised(inputs)
 
-    def digest(self) -> str:
-        return self._source.digest()
 
-
-class Compared(WeightSource):
+class Compared(Derived):
     """A checkpoint that notes, of every tensor asked for, how far the stored one is from it: the norm of the difference
     over the norm. `errors`: those of Linear layers in blocks."""
 
     def __init__(self, source: WeightSource, stored: Stored) -> None:
-        self.label, self._source, self._stored = source.label, source, stored
+        super().__init__(source)
+        self._stored = stored
         self.errors: dict[str, float] = {}
-
-    def shapes(self) -> Shapes:
-        return self._source.shapes()
 
     def get(self, name: str) -> F32:
         x = self._source.get(name)
@@ -85,6 +72,3 @@ class Compared(WeightSource):
             size = max(float(np.linalg.norm(x)), 1e-30)
             self.errors[name] = float(np.linalg.norm(self._stored.get(name) - x)) / size
         return x
-
-    def digest(self) -> str:
-        return self._source.digest()

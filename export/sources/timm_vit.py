@@ -11,7 +11,7 @@ import numpy as np
 from wsi_rt.export.arch import IMAGENET_MEAN, IMAGENET_STD, Shapes, ViTConfig
 from wsi_rt.export.sources.fields import Fields
 from wsi_rt.export.sources.files import open_weights, read_json_object
-from wsi_rt.export.sources.weights import F32, Part, Renamed, WeightSource, plain
+from wsi_rt.export.sources.weights import F32, Derived, Part, Renamed, WeightSource, plain
 from wsi_rt.runtime.errors import CheckpointError, MachineError
 from wsi_rt.runtime.types import TILE_PX
 
@@ -230,12 +230,12 @@ def _activation(module: Any, name: str) -> str:
     return known[kind]
 
 
-class _Resampled(WeightSource):
+class _Resampled(Derived):
     """Position embeddings brought to the grid of the configuration, bicubic with antialiasing as timm does."""
 
     def __init__(self, source: WeightSource, config: ViTConfig) -> None:
-        self.label = source.label
-        self._source, self._config = source, config
+        super().__init__(source)
+        self._config = config
         self._wanted = config.tensors()["pos_embed"]
 
     def shapes(self) -> Shapes:
@@ -268,6 +268,3 @@ class _Resampled(WeightSource):
         t = F.interpolate(t, size=(self._config.grid,) * 2, mode="bicubic", antialias=True)
         grid = t.permute(0, 2, 3, 1).reshape(1, -1, grid.shape[2]).numpy()
         return np.ascontiguousarray(np.concatenate([prefix, grid], axis=1))
-
-    def digest(self) -> str:
-        return self._source.digest()

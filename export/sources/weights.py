@@ -38,6 +38,19 @@ class WeightSource(ABC):
         """SHA-256 hex that changes whenever a tensor does."""
 
 
+class Derived(WeightSource):
+    """Made of one other source, whose names, shapes and digest are its own unless a subclass says otherwise."""
+
+    def __init__(self, source: WeightSource) -> None:
+        self.label, self._source = source.label, source
+
+    def shapes(self) -> Shapes:
+        return self._source.shapes()
+
+    def digest(self) -> str:
+        return self._source.digest()
+
+
 @dataclass(frozen=True)
 class Part:
     """One component: what it is and where its weights come from. `ignored`: tensors of the source left out."""
@@ -47,15 +60,14 @@ class Part:
     ignored: int = 0
 
 
-class Renamed(WeightSource):
+class Renamed(Derived):
     """Part of another source under other names: `rename(name)` gives the new name, or None to leave it out.
 
     Raises CheckpointError when two of the source's names stand for one tensor.
     """
 
     def __init__(self, source: WeightSource, rename: Callable[[str], str | None]) -> None:
-        self.label = source.label
-        self._source = source
+        super().__init__(source)
         self._names: dict[str, str] = {}
         for old in source.shapes():
             new = rename(old)
@@ -75,9 +87,6 @@ class Renamed(WeightSource):
         if name not in self._names:
             raise CheckpointError(f"{self.label}: no tensor named {name}")
         return self._source.get(self._names[name])
-
-    def digest(self) -> str:
-        return self._source.digest()
 
 
 class Overlay(WeightSource):

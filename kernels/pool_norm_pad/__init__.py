@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 OP = "pool_norm_pad"
+WIDEST = 8192  # channels after padding that the kernel takes; a row of sums lives in registers
 
 
 def pool_norm_pad(
@@ -36,7 +37,7 @@ def pool_norm_pad(
     may stay on the CPU; under CUDA graph capture it must lie on the GPU, and its values are not checked. The first
     `leading` rows of every slide are left out (1: the CLS row).
 
-    CUDA tensors run the Triton kernel (sm_80 or newer, `padded` <= 8,192, up to 65,535 slides), CPU tensors plain
+    CUDA tensors run the Triton kernel (sm_80 or newer, `padded` <= WIDEST, up to 65,535 slides), CPU tensors plain
     torch. Traces and exports as `torch.ops.wsi_rt.pool_norm_pad` (importing `library` registers it).
     Raises KernelInputError on shapes, strides, dtypes, devices and lengths that do not fit. Source: SPEC 3.
     """

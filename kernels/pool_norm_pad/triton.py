@@ -12,9 +12,9 @@ from torch import Tensor
 from wsi_rt.kernels.aot_case import SHIPPED_SM, AotCase
 from wsi_rt.kernels.checks import shipped_sm
 from wsi_rt.kernels.errors import KernelInputError
+from wsi_rt.kernels.pool_norm_pad import WIDEST
 
 MOST_SLIDES = 65_535  # CUDA's limit of a grid's second axis
-WIDEST = 8192  # channels after padding; a row of sums lives in registers
 
 # Per architecture: elements of the [rows, channels] tile whose sums a program holds in fp32 registers, and warps.
 # All 576 programs of a slide should be resident at once, with enough loads in flight to cover memory latency: sm_90 has

@@ -17,7 +17,7 @@ from wsi_rt.runtime.features import read_slide_tokens, read_tensor
 from wsi_rt.runtime.features.slide_tokens import MAX_TOKENS_BYTES
 from wsi_rt.runtime.features.stamp import maker_digest
 from wsi_rt.runtime.manifest import EngineManifest, Manifest
-from wsi_rt.runtime.parity import GATES
+from wsi_rt.runtime.parity import GATES, row_cosines, short
 from wsi_rt.runtime.pipeline import PUBLISHED_PADDED, PUBLISHED_WIDTH
 from wsi_rt.runtime.types import POOLED_TOKENS, TileFeatures
 
@@ -166,7 +166,7 @@ class Agreement:
     closeness: Closeness
 
     def to_json(self) -> dict[str, Any]:
-        numbers = {k: v if isinstance(v, int) else float(f"{v:.6g}") for k, v in asdict(self).items()}
+        numbers = {k: v if isinstance(v, int) else short(v) for k, v in asdict(self).items()}
         return {**numbers, "closeness": self.closeness.name.lower()}
 
 
@@ -207,11 +207,9 @@ def compare_tokens(ours: NDArray[Any], reference: NDArray[Any], allowed: Allowan
     """Both [576, C]; the narrower one (unpadded) is compared where it has columns."""
     width = min(ours.shape[1], reference.shape[1])
     a, e = ours[:, :width].astype(np.float64), reference[:, :width].astype(np.float64)
-    norm_a, norm_e = np.linalg.norm(a, axis=1), np.linalg.norm(e, axis=1)
-    both = norm_a * norm_e
-    cosine = np.where(both > 0, (a * e).sum(1) / np.where(both > 0, both, 1.0), (a == e).all(axis=1))
+    cosine = row_cosines(a, e)
     rel = np.abs(a - e).max(axis=1) / max(float(np.abs(e).max()), 1e-30)
-    error = np.linalg.norm(a - e, axis=1) / np.maximum(norm_e, 1e-30)
+    error = np.linalg.norm(a - e, axis=1) / np.maximum(np.linalg.norm(e, axis=1), 1e-30)
     exact, inside = ((rel <= g.max_rel) & (cosine >= g.min_cosine) for g in (allowed.exact, allowed.gate))
     half = np.median(error) <= HALF_MEDIAN and error.max() <= HALF_WORST
     reached = ((exact.all(), Closeness.EXACT), (inside.all(), Closeness.ROUNDED), (half, Closeness.HALF))

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from wsi_rt.export.arch import ComponentConfig, LlamaConfig, LongNetConfig, ProjectorConfig, ViTConfig
 from wsi_rt.export.sources.presets import PRESETS, Preset
 from wsi_rt.export.sources.synthetic import SyntheticSource
-from wsi_rt.export.sources.weights import F32, WeightSource
+from wsi_rt.export.sources.weights import F32, Derived, WeightSource
 
 # Before torch is imported: its thread pool, fighting over few cores, makes tiny models twenty times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -35,21 +35,15 @@ TINY = Preset(
 )
 
 
-class Changed(WeightSource):
+class Changed(Derived):
     """Another source with some tensors replaced."""
 
     def __init__(self, source: WeightSource, tensors: Mapping[str, NDArray[Any]]) -> None:
-        self.label = source.label
-        self.source, self.tensors = source, tensors
-
-    def shapes(self):
-        return self.source.shapes()
+        super().__init__(source)
+        self.tensors = tensors
 
     def get(self, name: str) -> F32:
-        return np.ascontiguousarray(self.tensors.get(name, self.source.get(name)), np.float32)
-
-    def digest(self) -> str:
-        return self.source.digest()
+        return np.ascontiguousarray(self.tensors.get(name, self._source.get(name)), np.float32)
 
 
 @pytest.fixture(scope="session")

@@ -206,7 +206,7 @@ def test_a_folder_that_holds_something_is_left_alone(tiny_preset, tmp_path):
 def test_no_room_is_found_out_before(tiny_preset, tmp_path, monkeypatch):
     planned = plan_layout("tiny", SEED, "merged", tmp_path / "deep" / "ck")
     usage = shutil.disk_usage(tmp_path)._replace(free=planned.stored_bytes - 1)
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(MachineError, match=r"GB free, the checkpoint needs .* GB; choose another --out"):
         write_layout(planned)
     assert list(tmp_path.iterdir()) == []
