@@ -29,6 +29,7 @@ from wsi_rt.runtime.config import TARGET_MPP, GenerationSettings
 from wsi_rt.runtime.engines.registry import backend
 from wsi_rt.runtime.errors import InputError
 from wsi_rt.runtime.hashing import sha256_file, sha256_json
+from wsi_rt.runtime.interrupts import checkpoint
 from wsi_rt.runtime.threads import resolve_threads
 from wsi_rt.runtime.types import TILE_PX
 
@@ -170,6 +171,7 @@ def build_engines(plan: BuildPlan, on_step: OnStep = lambda _: None) -> m.Manife
         manifest = _manifest(plan, components, tokenizer, stamp)
         write_json(work / m.FILE_NAME, manifest.to_json())
         write_stamp(work, stamp)
+        checkpoint()
     return manifest
 
 

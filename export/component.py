@@ -15,7 +15,7 @@ from wsi_rt.export.graphs.builder import WeightFile, check_model
 from wsi_rt.export.graphs.layers import Style
 from wsi_rt.export.graphs.linears import DequantisedLinears
 from wsi_rt.export.graphs.write import DECODER, MODEL, Component, write_graphs
-from wsi_rt.export.parity import Arrays, check_inputs, reference_outputs, run_probe, write_check
+from wsi_rt.export.parity import Arrays, check_inputs, reference_outputs, write_check
 from wsi_rt.export.portable import run_portable
 from wsi_rt.export.precision import format_of, formats
 from wsi_rt.export.sources.stored import Compared, Stored, with_head
@@ -60,7 +60,7 @@ def build_component(
         check_model(path)
     on_step("fp32 reference, layer by layer")
     inputs = check_inputs(part.config)
-    expected, layers, rounding = hold_against_reference(component, lowered.probe, precision, inputs, threads)
+    expected, layers, rounding = hold_against_reference(component, lowered, precision, inputs, threads)
     on_step("parity of the portable graph")
     portable = compare(run_portable(part.config, graphs, inputs, threads), expected)
     require(name, "portable graph", portable, GATES["fp32"])
@@ -79,15 +79,13 @@ def build_component(
 
 
 def hold_against_reference(
-    component: Component, probe: Path, precision: str, inputs: Arrays, threads: int
+    component: Component, lowered: Lowered, precision: str, inputs: Arrays, threads: int
 ) -> tuple[Arrays, dict[str, Any], dict[str, Any]]:
-    """Writes the stored check, and removes the probe. -> the outputs in it, and what the manifest records of the layers
-    and of the weights' rounding: the worst tensor, and how far the outputs move by it."""
+    """Writes the stored check. -> the outputs in it, and what the manifest records of the layers and of the weights'
+    rounding: the worst tensor, and how far the outputs move by it."""
     config, source = component.config, component.source
-    trajectory = run_probe(config, probe, inputs, threads)
-    probe.unlink()
     stored = Stored(source, component.weights, component.format_of)
-    reference = reference_outputs(config, stored, inputs, threads, trajectory)
+    reference = reference_outputs(config, stored, inputs, threads, lowered.trajectory(inputs))
     layers = require_layers(config.component, reference.layers, GATES[precision])
     write_check(component.weights.path.with_name(CHECK), inputs, reference.outputs)
     if precision == "fp32":

@@ -11,12 +11,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi_rt.export.arch import ComponentConfig, LlamaConfig, LongNetConfig, ProjectorConfig, ViTConfig
+from wsi_rt.export.arch import (
+    ComponentConfig,
+    LlamaConfig,
+    LongNetConfig,
+    ProjectorConfig,
+    ViTConfig,
+    config_json,
+)
 from wsi_rt.export.models import layer_names, reference_model
 from wsi_rt.export.sources.synthetic import uniform
 from wsi_rt.export.sources.weights import WeightSource
 from wsi_rt.runtime.engines.ort import open_session
 from wsi_rt.runtime.errors import ParityError
+from wsi_rt.runtime.llm.decoder import Chunk
+from wsi_rt.runtime.llm.ort_layers import LayersRun, OrtLayers
 from wsi_rt.runtime.parity import INPUT, OUTPUT, LayerError
 from wsi_rt.runtime.types import TILE_PX
 
@@ -134,19 +143,24 @@ def write_check(path: Path, inputs: Arrays, outputs: Arrays) -> None:
     np.savez(path, allow_pickle=False, **arrays)
 
 
-def run_probe(c: ComponentConfig, path: Path, inputs: Arrays, threads: int = 0) -> list[NDArray[np.float32]]:
-    """What goes into the first layer of a target's graph, and comes out of each. threads 0: onnxruntime's default."""
-    feeds = _llama_feeds(c, path, inputs, threads) if isinstance(c, LlamaConfig) else inputs
-    session = open_session(path, path.parent, threads)
-    return session.run([o.name for o in session.get_outputs() if o.name.startswith("probe.")], feeds)
+def run_probe(probe: Path, inputs: Arrays, threads: int = 0) -> list[NDArray[np.float32]]:
+    """What goes into the first layer of a graph with probes (`Style.probe`), and comes out of each; removes the file.
+    threads 0: onnxruntime's default."""
+    session = open_session(probe, probe.parent, threads)
+    found = session.run([o.name for o in session.get_outputs() if o.name.startswith("probe.")], inputs)
+    probe.unlink()
+    return found
 
 
-def _llama_feeds(c: LlamaConfig, path: Path, inputs: Arrays, threads: int) -> Arrays:
-    """Prompt and answer as one call of the decoder graph at `path`; the table's session is closed before that opens."""
-    embed = open_session(path.with_name("embed.onnx"), path.parent, threads)
-    embeds = np.concatenate([inputs["embeds"], embed.run(["embeds"], {"input_ids": inputs["token_ids"]})[0]])
-    past = np.zeros((1, c.kv_heads, len(embeds), c.head_width), np.float32)
-    feeds: Arrays = {f"past.{i}.{part}": past for i in range(c.layers) for part in ("key", "value")}
-    feeds["seqlens_k"] = np.array([len(embeds) - 1], np.int32)
-    feeds["total_sequence_length"] = np.array(len(embeds), np.int32)
-    return {"inputs_embeds": embeds[None], **feeds}
+def run_layers(
+    c: LlamaConfig, graphs: Mapping[str, Path], weights_dir: Path, inputs: Arrays, threads: int = 0
+) -> list[NDArray[np.float32]]:
+    """The same of a language model's layers, prompt and answer in one call, one layer's weights in memory at a time."""
+    layers = OrtLayers(config_json(c), graphs, weights_dir, threads)
+    embeds = np.concatenate([inputs["embeds"], layers.embed(inputs["token_ids"])])
+    found: list[NDArray[np.float32]] = []
+    run = LayersRun([Chunk(layers.new_kv(len(embeds)), embeds)])
+    for i in range(c.layers + 1):
+        run.through(layers, i)
+        found.append(run.x[None])
+    return found

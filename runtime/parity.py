@@ -20,7 +20,7 @@ from wsi_rt.runtime.errors import EngineMismatchError, ParityError
 from wsi_rt.runtime.manifest import EngineManifest
 
 if TYPE_CHECKING:
-    from wsi_rt.runtime.llm.decoder import Decoder
+    pass
 
 Arrays = Mapping[str, NDArray[Any]]
 INPUT, OUTPUT = "input.", "output."  # prefixes of the names in check.npz
@@ -127,21 +127,12 @@ def check_component(root: Path, target: str, manifest: EngineManifest, threads: 
     """Run a component on its stored input and compare with its stored reference output."""
     inputs, expected = load_check(root / manifest.check)
     if manifest.name == "llm":
-        with backend(target).open_decoder(root, manifest, threads) as decoder:
-            actual = run_decoder(decoder, inputs)
+        teach, compiled = backend(target).decoder_class().teach, manifest.compiled(target)
+        actual = {"logits": teach(root, manifest, compiled, threads, inputs["embeds"], inputs["token_ids"])}
     else:
         with backend(target).open_engine(root, manifest, threads) as engine:
             actual = engine.run(inputs)
     return compare(actual, expected)
-
-
-def run_decoder(decoder: Decoder, inputs: Arrays) -> dict[str, NDArray[Any]]:
-    """Prefill `embeds` [T, hidden], then step through `token_ids` [S] -> logits [S + 1, vocab]."""
-    embeds, token_ids = inputs["embeds"], inputs["token_ids"]
-    kv = decoder.new_kv(len(embeds) + len(token_ids))
-    logits = [decoder.prefill(kv, embeds)]
-    logits += [decoder.step([kv], token_ids[i : i + 1])[0] for i in range(len(token_ids))]
-    return {"logits": np.stack(logits)}
 
 
 def require(name: str, what: str, parity: Parity, gate: Gate) -> None:

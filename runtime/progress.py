@@ -5,9 +5,12 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from wsi_rt.runtime.interrupts import checkpoint
+
 
 class Progress:
-    """Context manager around tqdm. `update` takes (stage, done, total); a new stage replaces the bar."""
+    """Context manager around tqdm. `update` takes (stage, done, total); a new stage replaces the bar. It also raises an
+    interrupt that got lost."""
 
     def __init__(self) -> None:
         self._bar: Any = None
@@ -15,6 +18,7 @@ class Progress:
         self._steps = 0
 
     def update(self, stage: str, done: int, total: int) -> None:
+        checkpoint()
         if not sys.stderr.isatty():
             return
         if stage != self._stage or self._bar is None:

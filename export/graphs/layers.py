@@ -16,12 +16,10 @@ FLOAT = TensorProto.FLOAT
 
 @dataclass(frozen=True)
 class Style:
-    """How a graph is written, whatever it computes. fused: with onnxruntime's own operators where they pay. probe: it
-    also gives `probe.0`, the input of the first layer, and after each layer `probe.1`, ..., so that a reference can be
-    held against it layer by layer."""
+    """How a graph is written, whatever it computes. probe: it also gives `probe.0`, the input of the first layer, and
+    after each layer `probe.1`, ..., so that a reference can be held against it layer by layer."""
 
     linears: Linears = field(default_factory=PlainLinears)
-    fused: bool = False
     probe: bool = False
 
 

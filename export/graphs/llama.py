@@ -1,8 +1,7 @@
 """Llama decoder -> ONNX (SPEC 5): embeddings and past KV in, the last position's logits and present KV out.
 
-`LlamaGraph` is the portable form: standard operators, past and present as separate tensors.
-`OrtCpuLlamaGraph` lowers it to onnxruntime's fused operators, with KV buffers of fixed capacity that are
-updated in place (bind the same memory to past and present).
+`LlamaGraph` is the portable form: standard operators, past and present as separate tensors. What onnxruntime runs is in
+`llama_layers`.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from wsi_rt.export.arch import EMBED_TOKENS, LM_HEAD, LlamaConfig
-from wsi_rt.export.graphs.builder import ORT_DOMAIN, GraphBuilder, WeightFile
+from wsi_rt.export.graphs.builder import GraphBuilder, WeightFile
 from wsi_rt.export.graphs.layers import FLOAT, Graph, Style, activation, attention, reshape
 from wsi_rt.export.sources.stored import with_head
 from wsi_rt.export.sources.weights import WeightSource
@@ -31,8 +30,8 @@ def build_embed(c: LlamaConfig, source: WeightSource, weights: WeightFile, path:
 
 
 def build_decoder(c: LlamaConfig, source: WeightSource, weights: WeightFile, path: Path, style: Style) -> None:
-    """Writes `path`: LlamaGraph, or OrtCpuLlamaGraph in the fused style."""
-    (OrtCpuLlamaGraph if style.fused else LlamaGraph)(c, source, weights, style).build(path)
+    """Writes `path`."""
+    LlamaGraph(c, source, weights, style).build(path)
 
 
 def rope_tables(c: LlamaConfig) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -155,48 +154,3 @@ class LlamaGraph(Graph):
         new_lo = op("Sub", [op("Mul", [lo, cos]), op("Mul", [hi, sin])])
         new_hi = op("Add", [op("Mul", [hi, cos]), op("Mul", [lo, sin])])
         return op("Concat", [new_lo, new_hi], axis=-1)
-
-
-class OrtCpuLlamaGraph(LlamaGraph):
-    """Lowered to onnxruntime's contrib operators.
-
-    KV inputs and outputs are [batch, kv_heads, capacity, head_width] buffers; two more inputs tell how much
-    of them is valid: `seqlens_k` i32 [batch] (valid tokens after this call, minus one) and
-    `total_sequence_length` i32 scalar. GroupQueryAttention applies rotary positions itself.
-    """
-
-    def make_shared(self, x: str) -> None:
-        b = self.b
-        self.shared["seqlens_k"] = b.input("seqlens_k", TensorProto.INT32, ["batch"])
-        self.shared["total"] = b.input("total_sequence_length", TensorProto.INT32, [])
-        self.shared |= self.rope()
-
-    def past(self, i: int) -> tuple[str, str]:
-        dims: list[Any] = ["batch", self.c.kv_heads, "capacity", self.c.head_width]
-        return self.b.input(f"past.{i}.key", FLOAT, dims), self.b.input(f"past.{i}.value", FLOAT, dims)
-
-    def make_norm(self, x: str, name: str) -> str:
-        with self.b.scope(name.rsplit(".", 1)[-1]):
-            weight = self.tensor(f"{name}.weight")
-            return self.b.op("SimplifiedLayerNormalization", [x, weight], axis=-1, epsilon=self.c.rms_eps)
-
-    def make_attention(self, q: str, k: str, v: str, i: int) -> str:
-        b, c, s = self.b, self.c, self.shared
-        dims: list[Any] = ["batch", c.kv_heads, "capacity", c.head_width]
-        names = [f"present.{i}.{part}" for part in ("key", "value")]
-        # A probe takes one call: as outputs, all layers' KV would stay in memory beside the weights to its end.
-        present = names if self.style.probe else [b.bind_output(n, FLOAT, dims) for n in names]
-        with b.scope("gqa"):
-            out = f"/layers.{i}/attn/gqa:0"
-            b.op(
-                "GroupQueryAttention",
-                [q, k, v, *self.past(i), s["seqlens_k"], s["total"], s["cos"], s["sin"]],
-                domain=ORT_DOMAIN,
-                outputs=[out, *present],
-                num_heads=c.heads,
-                kv_num_heads=c.kv_heads,
-                scale=c.head_width**-0.5,
-                do_rotary=1,
-                rotary_interleaved=0,
-            )
-        return out

@@ -88,7 +88,7 @@ def llama_config(data: Mapping[str, Any], label: str) -> LlamaConfig:
     if heads % kv_heads:
         f.refuse("num_key_value_heads", kv_heads, f"a divisor of the {heads} heads")
     head_width = f.whole("head_dim", default=hidden // heads)
-    if head_width % 16:  # onnxruntime's GroupQueryAttention
+    if head_width % 16:  # whole vectors of rotary halves; nothing smaller has been tried
         f.refuse("head_dim", head_width, "a multiple of 16")
     return LlamaConfig(
         hidden=hidden,

@@ -22,10 +22,11 @@ _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 def open_session(
-    graph: Path | bytes, weights_dir: Path, threads: int, fold_constants: bool = True
+    graph: Path | bytes, weights_dir: Path, threads: int, fold_constants: bool = True, shared_cores: bool = False
 ) -> onnxruntime.InferenceSession:
     """A CPU session of a graph (a file, or its bytes) on `threads` threads, whose external weights stand in
     `weights_dir`. fold_constants False: what a graph computes from its weights alone is not kept beside them.
+    shared_cores: one of many that run in turn; it leaves cores and memory alone while it is idle.
 
     Raises MachineError without onnxruntime, EngineMismatchError when it cannot open the graph
     or would run it on another provider.
@@ -37,6 +38,9 @@ def open_session(
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors only: the rest is raised
+    if shared_cores:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.enable_cpu_mem_arena = False
     where = "a graph in memory" if isinstance(graph, bytes) else str(graph)
     options.add_session_config_entry(_WEIGHTS_FOLDER, str(weights_dir))
     try:

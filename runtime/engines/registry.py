@@ -28,7 +28,10 @@ class Backend:
         return _load(self.engine).open(root, manifest, manifest.compiled(self.target), threads)
 
     def open_decoder(self, root: Path, manifest: EngineManifest, threads: int) -> Decoder:
-        return _load(self.decoder).open(root, manifest, manifest.compiled(self.target), threads)
+        return self.decoder_class().open(root, manifest, manifest.compiled(self.target), threads)
+
+    def decoder_class(self) -> type[Decoder]:
+        return _load(self.decoder)
 
 
 _BACKENDS = (Backend("ort-cpu", "wsi_rt.runtime.engines.ort:OrtEngine", "wsi_rt.runtime.llm.ort_decoder:OrtDecoder"),)

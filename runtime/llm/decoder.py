@@ -1,5 +1,8 @@
 """The decoder seam: the LLM is not a function of its inputs (its KV lives on), so it has its own
 small interface, implemented once per backend. No dictionary of KV tensors crosses it.
+
+A slide's KV is a PrefixKV: computed once, never changed again, shared by every sequence that asks about the slide. A
+sequence's KV holds its own tokens after that prefix.
 """
 
 from __future__ import annotations
@@ -7,61 +10,144 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from wsi_rt.runtime.manifest import Compiled, EngineManifest
+
+F32 = NDArray[np.float32]
+
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """What a caller must know of a language model before it feeds it."""
+    """What a caller must know of a language model before it feeds it.
+
+    kv_bytes_per_token: keys and values of one token in all layers. row_exact: a token's logits and KV are the same bits
+    whatever else is in the call and however its sequence is cut into calls; else the same to rounding.
+    """
 
     vocab_size: int
     hidden_size: int
     context_length: int
     kv_bytes_per_token: int
+    row_exact: bool
+
+
+class PrefixKV(ABC):
+    """Keys and values of the first `length` tokens of many sequences; read only."""
+
+    length: int
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of its keys and values."""
+
+    @abstractmethod
+    def layers(self) -> Sequence[F32]:
+        """Per layer f32 [2, length, kv_heads, head_width], keys then values: what `Decoder.load_prefix` takes."""
 
 
 class KV(ABC):
-    """Keys and values of one sequence. `length` tokens are valid out of `capacity`."""
+    """Keys and values of one sequence: `prefix`, if it has one, then its own. `length` tokens of `capacity` are held,
+    the prefix's included in both."""
 
+    prefix: PrefixKV | None
     length: int
     capacity: int
 
     @property
     @abstractmethod
     def nbytes(self) -> int:
-        """Bytes held, whatever the length."""
+        """Bytes of its own tokens' keys and values, the prefix's not included."""
 
-    @abstractmethod
     def rewind(self, length: int) -> None:
-        """Forget every token from `length` on; raises ValueError when length > self.length."""
+        """Forget every token from `length` on; raises ValueError when that is more than it holds, or in the prefix."""
+        shared = self.prefix.length if self.prefix is not None else 0
+        if not shared <= length <= self.length:
+            raise ValueError(f"cannot rewind to {length}: {self.length} tokens are held, {shared} of them shared")
+        self.length = length
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """New tokens of one sequence. embeds: [T >= 1, hidden] f32, appended to `kv`. logits: of how many of the last
+    positions they are wanted, 0 to T."""
+
+    kv: KV
+    embeds: F32
+    logits: int = 1
 
 
 class Decoder(ABC):
-    """prefill and step over KV objects; context manager."""
+    """Context manager. Not thread-safe."""
 
     spec: DecoderSpec
 
+    @classmethod
     @abstractmethod
-    def new_kv(self, capacity: int) -> KV:
-        """An empty KV for at most `capacity` tokens."""
+    def open(cls, root: Path, manifest: EngineManifest, compiled: Compiled, threads: int) -> Self:
+        """The language model of the bundle at `root`."""
 
     @abstractmethod
-    def embed(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    def new_kv(self, capacity: int, prefix: PrefixKV | None = None) -> KV:
+        """For at most `capacity` tokens, those of `prefix` included, which it starts with. Memory is taken as tokens
+        come. Raises ValueError beyond the context."""
+
+    @abstractmethod
+    def freeze(self, kv: KV) -> PrefixKV:
+        """The tokens of a KV without prefix, to be shared. Nothing is copied: the KV must not be used any more."""
+
+    @abstractmethod
+    def load_prefix(self, layers: Sequence[F32]) -> PrefixKV:
+        """What `PrefixKV.layers` gave, possibly memory-mapped from a file. Raises ValueError for other shapes."""
+
+    @abstractmethod
+    def embed(self, token_ids: NDArray[np.int64]) -> F32:
         """token_ids [T] int64 -> [T, hidden] f32."""
 
     @abstractmethod
-    def prefill(self, kv: KV, embeds: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Append embeds [T, hidden] f32 to `kv`; returns the last position's logits [vocab] f32."""
+    def extend(self, chunks: Sequence[Chunk]) -> list[F32]:
+        """Append every chunk's tokens to its KV -> per chunk the wanted logits [k, vocab] f32.
 
-    @abstractmethod
-    def step(self, kvs: Sequence[KV], token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Append one token per sequence: token_ids [B] -> logits [B, vocab] f32."""
+        Sequences may differ in length, in the number of new tokens and in their prefix; a KV occurs once. Work that is
+        shared: the linear layers by all, attention to a prefix by the sequences that have it. On an error no KV has
+        grown. Raises ValueError for what does not fit a KV.
+        """
 
     @abstractmethod
     def close(self) -> None:
         """Release what the backend holds; closing twice is fine."""
+
+    def prefill(self, kv: KV, embeds: F32) -> F32:
+        """Append embeds [T, hidden] f32 to `kv` -> the last position's logits [vocab] f32."""
+        return self.extend([Chunk(kv, embeds)])[0][0]
+
+    def step(self, kvs: Sequence[KV], token_ids: NDArray[np.int64]) -> F32:
+        """Append one token per sequence: token_ids [B] -> logits [B, vocab] f32."""
+        embeds = self.embed(token_ids)
+        return np.concatenate(self.extend([Chunk(kv, embeds[i : i + 1]) for i, kv in enumerate(kvs)]))
+
+    @classmethod
+    def teach(
+        cls,
+        root: Path,
+        manifest: EngineManifest,
+        compiled: Compiled,
+        threads: int,
+        embeds: F32,
+        token_ids: NDArray[np.int64],
+    ) -> F32:
+        """Prefill a prompt [T, hidden], then one call for each of the given tokens [S] -> logits [S + 1, vocab]: what
+        `verify` compares. A backend may hold fewer weights at a time than an open decoder does."""
+        with cls.open(root, manifest, compiled, threads) as decoder:
+            kv = decoder.new_kv(len(embeds) + len(token_ids))
+            logits = [decoder.prefill(kv, embeds)]
+            logits += [decoder.step([kv], token_ids[i : i + 1])[0] for i in range(len(token_ids))]
+        return np.stack(logits)
 
     def __enter__(self) -> Decoder:
         return self

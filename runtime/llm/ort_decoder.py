@@ -1,113 +1,121 @@
-"""The decoder on ONNX Runtime: KV in fixed buffers that GroupQueryAttention updates in place."""
+"""The decoder on ONNX Runtime."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi_rt.runtime.engines.ort import open_session, plain_failure
+from wsi_rt.runtime.engines.ort import plain_failure
 from wsi_rt.runtime.errors import WsiRtError
-from wsi_rt.runtime.llm.decoder import KV, Decoder, DecoderSpec
+from wsi_rt.runtime.llm.decoder import F32, KV, Chunk, Decoder, DecoderSpec, PrefixKV
+from wsi_rt.runtime.llm.ort_layers import LayersRun, OrtKV, OrtLayers, OrtPrefix, own_kv
 from wsi_rt.runtime.manifest import Compiled, EngineManifest
-
-if TYPE_CHECKING:
-    import onnxruntime
-
-F32 = NDArray[np.float32]
-
-
-class OrtKV(KV):
-    """Per layer a key and a value buffer, f32 [1, kv_heads, capacity, head_width]."""
-
-    def __init__(self, layers: int, kv_heads: int, head_width: int, capacity: int) -> None:
-        self.length, self.capacity = 0, capacity
-        shape = (1, kv_heads, capacity, head_width)
-        self.buffers = {f"{i}.{part}": np.zeros(shape, np.float32) for i in range(layers) for part in ("key", "value")}
-
-    @property
-    def nbytes(self) -> int:
-        return sum(x.nbytes for x in self.buffers.values())
-
-    def rewind(self, length: int) -> None:
-        if not 0 <= length <= self.length:
-            raise ValueError(f"cannot rewind to {length}: {self.length} tokens are held")
-        self.length = length
 
 
 class OrtDecoder(Decoder):
-    """Two sessions: token embedding, and the decoder graph. Batch 1: `step` runs its sequences in turn."""
+    """Every row of a call goes through the linear layers together; rows do not see each other there, and attention's
+    order of summation is a token's own, so its bits depend on its sequence alone (DecoderSpec.row_exact)."""
 
-    def __init__(
-        self, manifest: EngineManifest, embed: onnxruntime.InferenceSession, decoder: onnxruntime.InferenceSession
-    ) -> None:
+    def __init__(self, manifest: EngineManifest, layers: OrtLayers) -> None:
         c = manifest.config
-        self._layers, self._kv_heads, self._head_width = c["layers"], c["kv_heads"], c["head_width"]
-        self._embed: onnxruntime.InferenceSession | None = embed
-        self._decoder: onnxruntime.InferenceSession | None = decoder
+        self._layers: OrtLayers | None = layers
         self.spec = DecoderSpec(
             vocab_size=c["vocab"],
             hidden_size=c["hidden"],
             context_length=c["context"],
             kv_bytes_per_token=2 * 4 * c["layers"] * c["kv_heads"] * c["head_width"],
+            row_exact=True,
         )
 
     @classmethod
     def open(cls, root: Path, manifest: EngineManifest, compiled: Compiled, threads: int) -> OrtDecoder:
-        embed, decoder = (
-            open_session(root / compiled.graphs[role], root / compiled.weights_dir, threads)
-            for role in ("embed", "decoder")
-        )
-        return cls(manifest, embed, decoder)
+        return cls(manifest, _layers(root, manifest, compiled, threads, hold=True))
+
+    @classmethod
+    def teach(
+        cls,
+        root: Path,
+        manifest: EngineManifest,
+        compiled: Compiled,
+        threads: int,
+        embeds: F32,
+        token_ids: NDArray[np.int64],
+    ) -> F32:
+        """Layer by layer: all calls go through one before the next is opened, which bounds the memory."""
+        with plain_failure("llm"):
+            layers = _layers(root, manifest, compiled, threads, hold=False)
+            kv, given = layers.new_kv(len(embeds) + len(token_ids)), layers.embed(token_ids)
+            runs = [LayersRun([Chunk(kv, embeds)])]
+            runs += [LayersRun([Chunk(kv, given[i : i + 1])], [len(embeds) + i]) for i in range(len(given))]
+            for i in range(layers.count + 1):
+                for run in runs:
+                    run.through(layers, i)
+            return np.concatenate([layers.head(run.last_rows()) for run in runs])
 
     def close(self) -> None:
-        self._embed = self._decoder = None
+        if self._layers is not None:
+            self._layers.close()
+        self._layers = None
 
-    def new_kv(self, capacity: int) -> OrtKV:
-        if not 1 <= capacity <= self.spec.context_length:
-            raise ValueError(f"KV capacity is {capacity}, expected 1..{self.spec.context_length} tokens")
-        return OrtKV(self._layers, self._kv_heads, self._head_width, capacity)
+    def new_kv(self, capacity: int, prefix: PrefixKV | None = None) -> OrtKV:
+        shared = 0 if prefix is None else prefix.length
+        if not shared < capacity <= self.spec.context_length:
+            raise ValueError(f"KV capacity is {capacity}, expected {shared + 1}..{self.spec.context_length} tokens")
+        if prefix is not None and not isinstance(prefix, OrtPrefix):
+            raise TypeError(f"prefix is a {type(prefix).__name__}, expected this decoder's own OrtPrefix")
+        return self._opened().new_kv(capacity, prefix)
+
+    def freeze(self, kv: KV) -> OrtPrefix:
+        kv = own_kv(kv)
+        if kv.prefix is not None or kv.length == 0:
+            raise ValueError("a KV to be shared holds tokens, all of them its own")
+        return OrtPrefix([layer[:, : kv.length] for layer in kv.own])
+
+    def load_prefix(self, layers: Sequence[F32]) -> OrtPrefix:
+        own, length = self._opened(), layers[0].shape[1] if len(layers) and layers[0].ndim == 4 else 0
+        shape = (2, length, own.kv_heads, own.head_width)
+        if len(layers) != own.count or any(x.shape != shape or x.dtype != np.float32 for x in layers):
+            found = sorted({f"{x.dtype} {list(x.shape)}" for x in layers})
+            raise ValueError(f"a prefix of {len(layers)} layers ({', '.join(found)}), expected {own.count} of {shape}")
+        if not 1 <= length < self.spec.context_length:
+            raise ValueError(f"a prefix of {length} tokens in a context of {self.spec.context_length}")
+        return OrtPrefix(layers)
 
     def embed(self, token_ids: NDArray[np.int64]) -> F32:
         with plain_failure("llm"):
-            return _open(self._embed).run(["embeds"], {"input_ids": token_ids})[0]
+            return self._opened().embed(token_ids)
 
-    def prefill(self, kv: KV, embeds: F32) -> F32:
-        return self._append(kv, embeds)[0]
-
-    def step(self, kvs: Sequence[KV], token_ids: NDArray[np.int64]) -> F32:
-        embeds = self.embed(token_ids)  # [B, hidden]
-        return np.concatenate([self._append(kv, embeds[i : i + 1]) for i, kv in enumerate(kvs)])
-
-    def _append(self, kv: KV, embeds: F32) -> F32:
-        """Run `embeds` [T, hidden] after the tokens `kv` holds -> logits [1, vocab] of the last one."""
-        if not isinstance(kv, OrtKV):
-            raise TypeError(f"KV is a {type(kv).__name__}, expected this decoder's own OrtKV")
-        total = kv.length + embeds.shape[0]
-        if embeds.shape[0] < 1 or total > kv.capacity:
-            raise ValueError(f"{embeds.shape[0]} tokens after {kv.length} do not fit a KV of {kv.capacity}")
-        x = np.ascontiguousarray(embeds, np.float32)[None]
-        logits = np.empty((1, self.spec.vocab_size), np.float32)
-        seqlens, length = np.array([total - 1], np.int32), np.array(total, np.int32)
-        session = _open(self._decoder)
-        binding = session.io_binding()
-        for name, array in (("inputs_embeds", x), ("seqlens_k", seqlens), ("total_sequence_length", length)):
-            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        for name, buffer in kv.buffers.items():
-            where = ("cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
-            binding.bind_input(f"past.{name}", *where)
-            binding.bind_output(f"present.{name}", *where)
-        binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
+    def extend(self, chunks: Sequence[Chunk]) -> list[F32]:
+        self._require_room(chunks)
+        layers, run = self._opened(), LayersRun(chunks)
         with plain_failure("llm"):
-            session.run_with_iobinding(binding)
-        kv.length = total
-        return logits
+            for i in range(layers.count + 1):
+                run.through(layers, i)
+            rows = run.last_rows()
+            logits = layers.head(rows) if len(rows) else np.empty((0, self.spec.vocab_size), np.float32)
+        run.commit()
+        return np.split(logits, np.cumsum([c.logits for c in chunks])[:-1])
+
+    def _require_room(self, chunks: Sequence[Chunk]) -> None:
+        if not chunks or len({id(c.kv) for c in chunks}) < len(chunks):
+            raise ValueError("expected one chunk or more, each with a KV of its own")
+        for c in chunks:
+            new = len(c.embeds)
+            if new < 1 or c.kv.length + new > c.kv.capacity:
+                raise ValueError(f"{new} tokens after {c.kv.length} do not fit a KV of {c.kv.capacity}")
+            if not 0 <= c.logits <= new:
+                raise ValueError(f"logits of {c.logits} positions asked for, {new} are new")
+
+    def _opened(self) -> OrtLayers:
+        if self._layers is None:
+            raise WsiRtError("this decoder is closed")
+        return self._layers
 
 
-def _open(session: onnxruntime.InferenceSession | None) -> onnxruntime.InferenceSession:
-    if session is None:
-        raise WsiRtError("this decoder is closed")
-    return session
+def _layers(root: Path, manifest: EngineManifest, compiled: Compiled, threads: int, hold: bool) -> OrtLayers:
+    graphs: Mapping[str, Any] = {role: root / path for role, path in compiled.graphs.items()}
+    return OrtLayers(manifest.config, graphs, root / compiled.weights_dir, threads, hold)

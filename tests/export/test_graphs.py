@@ -15,9 +15,10 @@ torch = pytest.importorskip("torch", reason="the export extra is not installed")
 onnx = pytest.importorskip("onnx", reason="the export extra is not installed")
 
 from wsi_rt.export.arch import LlamaConfig, LongNetConfig, ProjectorConfig, ViTConfig  # noqa: E402
-from wsi_rt.export.graphs import llama  # noqa: E402
+from wsi_rt.export.graphs import llama, llama_layers  # noqa: E402
 from wsi_rt.export.graphs.builder import OUR_DOMAIN, WeightFile, check_model  # noqa: E402
 from wsi_rt.export.graphs.layers import Style  # noqa: E402
+from wsi_rt.export.graphs.linears import PlainLinears  # noqa: E402
 from wsi_rt.export.graphs.write import Component, write_graphs  # noqa: E402
 from wsi_rt.export.lowering import lower_ort_cpu  # noqa: E402
 from wsi_rt.export.parity import check_inputs, reference_outputs  # noqa: E402
@@ -210,14 +211,14 @@ class Counting(SyntheticSource):
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "llama-mqa-tied"])
-def test_llama_weights_are_loaded_once_for_all_four_graphs(tmp_path, name):
+def test_llama_weights_are_loaded_once_for_all_graphs(tmp_path, name):
     """7 billion numbers are not read three times; tied embeddings are stored in two forms, so asked for twice."""
     config, weights = CONFIGS[name], WeightFile(tmp_path / "weights.data")
     source = Counting(config)
     for path in ("embed.onnx", "lowered-embed.onnx"):
         llama.build_embed(config, source, weights, tmp_path / path)
     llama.build_decoder(config, source, weights, tmp_path / "decoder.onnx", Style())
-    llama.build_decoder(config, source, weights, tmp_path / "lowered-decoder.onnx", Style(fused=True))
+    llama_layers.build_layers(config, source, weights, tmp_path, Style())
     twice = {"model.embed_tokens.weight"} if config.tied_embeddings else set()
     assert source.counts == {n: 2 if n in twice else 1 for n in config.tensors()}
 
@@ -229,19 +230,21 @@ def test_encoder_weights_are_loaded_once(tmp_path, name):
     assert counting.counts == dict.fromkeys(CONFIGS[name].tensors(), 1)
 
 
-@pytest.mark.parametrize("base", [llama.LlamaGraph, llama.OrtCpuLlamaGraph])
-def test_every_linear_of_the_language_model_goes_through_one_method(tmp_path, base):
-    """A precision is another `Linears`, asked by `make_linear`: no weight matrix is left outside it."""
-    made = []
+@pytest.mark.parametrize("form", ["portable", "layers"])
+def test_every_linear_of_the_language_model_goes_through_one_method(tmp_path, form):
+    """A precision is another `Linears`: no weight matrix is left outside it."""
 
-    class Other(base):
-        def make_linear(self, x, name, bias=False):
+    class Noting(PlainLinears):
+        def make(self, g, x, name, bias):
             made.append(name)
-            return super().make_linear(x, name, bias)
+            return super().make(g, x, name, bias)
 
-    Other(LLAMA, SyntheticSource(LLAMA, "test", 1), WeightFile(tmp_path / "weights.data"), Style()).build(
-        tmp_path / "d.onnx"
-    )
+    made, style, weights = [], Style(Noting()), WeightFile(tmp_path / "weights.data")
+    source = SyntheticSource(LLAMA, "test", 1)
+    if form == "portable":
+        llama.build_decoder(LLAMA, source, weights, tmp_path / "d.onnx", style)
+    else:
+        llama_layers.build_layers(LLAMA, source, weights, tmp_path, style)
     matrices = {n.removesuffix(".weight") for n, s in LLAMA.tensors().items() if len(s) == 2}
     assert sorted(made) == sorted(matrices - {"model.embed_tokens"})
 
