@@ -46,7 +46,7 @@ def formats(config: ComponentConfig, precision: str) -> dict[str, dict[str, obje
     for name in linear_shapes(config):
         form = choose(name)
         if form is not None:
-            entry = found.setdefault(f"int{form.bits}x{form.block}", {**form.to_json(), "layers": 0})
+            entry = found.setdefault(form.name, {**form.to_json(), "layers": 0})
             entry["layers"] = int(str(entry["layers"])) + 1
     return found
 

@@ -1,5 +1,6 @@
 """Integer weights in blocks along the input axis, as onnxruntime's MatMulNBits and ONNX's blocked DequantizeLinear
-hold them: weight = (code - zero) * scale, with an fp32 scale per block.
+hold them: weight = (code - zero) * scale, with an fp32 scale per block. A block may be a whole row, all weights of an
+output channel, as integer matrix products want it.
 
 Symmetric: zero is 2^(bits - 1), and the largest magnitude lies at the end of the range. Else every block has a zero of
 its own, and scale and zero are those of a few candidates that leave the smallest squared error: ranges of 1.0 and 0.9
@@ -28,7 +29,9 @@ F32 = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class BlockFormat:
-    """bits: 4 or 8. block: weights that share a scale, a power of two from 16 on."""
+    """bits: 4 or 8. block: weights that share a scale, a power of two from 16 on; 0: a whole row.
+
+    Whole rows are of 8 bits and symmetric."""
 
     bits: int
     block: int
@@ -46,17 +49,25 @@ class BlockFormat:
 
     def blocks(self, inputs: int) -> int:
         """Per row; the last one is filled up with zeros."""
-        return -(-inputs // self.block)
+        return -(-inputs // self.block) if self.block else 1
+
+    def width(self, inputs: int) -> int:
+        """Weights of a block."""
+        return self.block or inputs
+
+    @property
+    def name(self) -> str:
+        return f"int{self.bits}x{self.block or 'row'}"
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Codes, scales and zeros of a weight [out, in]."""
         blocks = self.blocks(shape[1])
         zeros = 0 if self.symmetric else -(-blocks * self.bits // 8)
-        return shape[0] * (blocks * (self.block * self.bits // 8 + 4) + zeros)
+        return shape[0] * (blocks * (self.width(shape[1]) * self.bits // 8 + 4) + zeros)
 
     def stored_name(self, tensor: str) -> str:
         """What the weight file calls a tensor's arrays, before `.codes`, `.scales` and `.zeros`."""
-        return f"{tensor}.int{self.bits}x{self.block}"
+        return f"{tensor}.{self.name}"
 
     def to_json(self) -> dict[str, Any]:
         return {"bits": self.bits, "block": self.block, "symmetric": self.symmetric}
@@ -79,6 +90,10 @@ class Blocks:
         """[out, blocks, block * bits / 8]."""
         return pack(self.codes, self.format)
 
+    def columns(self) -> NDArray[np.int8]:
+        """Codes [in, out] around 0, of whole rows in 8 bits: the right factor of a product."""
+        return np.ascontiguousarray((self.codes[:, 0].T ^ 0x80).view(np.int8))
+
     def packed_zeros(self) -> U8:
         """[out, blocks * bits / 8], a row filled up to whole bytes."""
         return pack(self.zeros, self.format)
@@ -95,12 +110,13 @@ def quantise(weight: F32, form: BlockFormat) -> Blocks:
     import torch
 
     out, blocks = weight.shape[0], form.blocks(weight.shape[1])
-    codes = torch.empty((out, blocks, form.block), dtype=torch.uint8)
+    width = form.width(weight.shape[1])
+    codes = torch.empty((out, blocks, width), dtype=torch.uint8)
     scales, zeros = torch.empty((out, blocks)), torch.empty((out, blocks), dtype=torch.uint8)
-    padding = blocks * form.block - weight.shape[1]
-    for rows in _row_ranges(out, blocks * form.block):
+    padding = blocks * width - weight.shape[1]
+    for rows in _row_ranges(out, blocks * width):
         part = torch.nn.functional.pad(torch.from_numpy(weight[rows]), (0, padding))
-        x = part.reshape(-1, blocks, form.block)
+        x = part.reshape(-1, blocks, width)
         scale, zero = _symmetric(x, form) if form.symmetric else _asymmetric(x, form)
         codes[rows] = _encode(x, scale, zero, form).to(torch.uint8)
         scales[rows], zeros[rows] = scale[..., 0], zero[..., 0].to(torch.uint8)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from wsi_rt.export.arch import LlamaConfig
 from wsi_rt.export.graphs.layers import Style
-from wsi_rt.export.graphs.linears import MatMulNBits
+from wsi_rt.export.graphs.linears import FusedLinears
 from wsi_rt.export.graphs.llama import build_embed
 from wsi_rt.export.graphs.llama_layers import build_layers
 from wsi_rt.export.graphs.write import EMBED, MODEL, Component, write_main
@@ -46,7 +46,7 @@ def _ort_cpu(component: Component, folder: Path, threads: int) -> Lowered:
     """The language model is written lowered, since its KV handling differs; the others are onnxruntime's own
     optimisation of the same graph with the target's Linear layers."""
     c, shared, requires = component.config, component.weights.path.parent, {"isa": platform.machine()}
-    style = Style(MatMulNBits(component.format_of))
+    style = Style(FusedLinears(component.format_of))
     if isinstance(c, LlamaConfig):
         graphs = build_layers(c, component.source, component.weights, folder, style)
         build_embed(c, component.source, component.weights, graphs.setdefault(EMBED, folder / "embed.onnx"))

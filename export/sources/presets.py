@@ -43,4 +43,13 @@ WSI_LLAVA_7B = Preset(
     ),
 )
 
-PRESETS = {"nano": NANO, "wsi-llava-7b": WSI_LLAVA_7B}
+# The language model of TinyLlama-1.1B, with grouped KV heads, behind NANO's encoders: what benches measure where 7 B is
+# too much.
+WSI_LLAVA_1B = Preset(
+    tile_encoder=NANO.tile_encoder,
+    slide_encoder=NANO.slide_encoder,
+    projector=ProjectorConfig(widths=(1024, 2048, 2048)),
+    llm=LlamaConfig(hidden=2048, layers=22, heads=32, kv_heads=4, head_width=64, ffn=5632, vocab=32000, context=2048),
+)
+
+PRESETS = {"nano": NANO, "wsi-llava-1b": WSI_LLAVA_1B, "wsi-llava-7b": WSI_LLAVA_7B}

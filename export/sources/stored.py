@@ -49,6 +49,9 @@ class Stored(Derived):
         out, inputs = self.shapes()[name]
         kind = form.stored_name(name)
         dims = (out, form.blocks(inputs))
+        if not form.block:
+            columns = self._file.read(f"{kind}.columns").view(np.int8).reshape(inputs, out)
+            return np.ascontiguousarray(columns.T * self._file.read(f"{kind}.scales").view(np.float32)[:, None])
         scales = self._file.read(f"{kind}.scales").view(np.float32).reshape(dims)
         codes = unpack(self._file.read(f"{kind}.codes").reshape(*dims, -1), form)
         zeros = np.full(dims, form.middle, np.uint8)

@@ -43,6 +43,9 @@ def open_session(
         options.enable_cpu_mem_arena = False
     where = "a graph in memory" if isinstance(graph, bytes) else str(graph)
     options.add_session_config_entry(_WEIGHTS_FOLDER, str(weights_dir))
+    options.add_session_config_entry(
+        "session.x64quantprecision", "1"
+    )  # AVX2 without VNNI: no 16-bit sums that overflow
     try:
         disabled = [] if fold_constants else ["ConstantFolding"]
         model = graph if isinstance(graph, bytes) else graph.read_bytes()
