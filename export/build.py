@@ -15,9 +15,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from wsi_rt.export.arch import LlamaConfig, config_json
+from wsi_rt.export.arch import LlamaConfig, config_json, linear_shapes
 from wsi_rt.export.component import build_component
-from wsi_rt.export.precision import parse_precision, weight_bytes
+from wsi_rt.export.precision import WIDE, parse_precision, weight_bytes
 from wsi_rt.export.sources.checkpoint import Checkpoint, Sources, resolve
 from wsi_rt.export.sources.weights import Part
 from wsi_rt.export.staging import require_room, staged_directory, standing_parent
@@ -49,6 +49,7 @@ class BuildRequest:
     components: tuple[str, ...] = ()
     force: bool = False
     threads: int | None = None
+    fast: bool = False
 
     def arguments(self) -> str:
         """The flags, but for --out and --components, that ask for the same from any folder."""
@@ -58,6 +59,7 @@ class BuildRequest:
         given = [Sources(**words).arguments()]
         given += [f"--target {shlex.quote(self.target)}"] if self.target != BuildRequest.target else []
         given += [f"--precision {shlex.quote(self.precision)}"] if self.precision is not None else []
+        given += ["--fast"] if self.fast else []
         return " ".join(given)
 
 
@@ -78,9 +80,11 @@ class BuildPlan:
 
     @property
     def estimated_bytes(self) -> int:
-        """Portable and lowered weights; the language model's two graphs share one file."""
-        parts = self.checkpoint.parts.items()
-        return sum((1 if n == "llm" else 2) * weight_bytes(p.config, self.precision[n]) for n, p in parts)
+        """Portable and lowered weights; the language model's graphs share one file."""
+        parts = self.checkpoint.parts
+        found = sum((1 if n == "llm" else 2) * weight_bytes(p.config, self.precision[n]) for n, p in parts.items())
+        wide = linear_shapes(parts["llm"].config).values() if self.request.fast and "llm" in parts else ()
+        return found + sum(WIDE.nbytes(shape) for shape in wide)
 
     def to_json(self) -> dict[str, Any]:
         """What decides the bundle's contents; equal plans give equal bundles."""
@@ -90,6 +94,7 @@ class BuildPlan:
             "tokenizer": dict(self.tokenizer),
             "target": self.request.target,
             "precision": dict(self.precision),
+            "fast": self.request.fast,
             "toolchain": toolchain(),
             "code": code_digest(),
             "isa": platform.machine(),
@@ -121,6 +126,8 @@ def plan_build(request: BuildRequest) -> BuildPlan:
         raise InputError(f"--components has {missing[0]!r}, expected some of: {expected} (what the checkpoint holds)")
     parts = {n: p for n, p in checkpoint.parts.items() if n in wanted}
     precision = parse_precision(request.precision, tuple(parts))
+    if request.fast and precision.get("llm", "fp32") == "fp32":
+        raise InputError("--fast is for a language model in int8 or int4, expected --precision llm=int4 or llm=int8")
     checkpoint = replace(checkpoint, parts=parts)
     with TemporaryDirectory() as aside:  # a tokenizer that does not fit is refused before hours of building
         tokenizer = _write_tokenizer(checkpoint, Path(aside)) if "llm" in parts else {}
@@ -187,8 +194,16 @@ _M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def _build_one(plan: BuildPlan, name: str, part: Part, work: Path, on_step: OnStep) -> m.EngineManifest:
+    request = plan.request
     return build_component(
-        name, part, work, plan.request.target, plan.precision[name], plan.threads, lambda s: on_step(f"{name}: {s}")
+        name,
+        part,
+        work,
+        request.target,
+        plan.precision[name],
+        plan.threads,
+        lambda s: on_step(f"{name}: {s}"),
+        request.fast,
     )
 
 

@@ -10,14 +10,15 @@ from typing import Any
 from onnx import TensorProto, helper
 from onnx import load as load_onnx
 
-from wsi_rt.export.arch import ComponentConfig, config_json
+from wsi_rt.export.arch import ComponentConfig, LlamaConfig, config_json
 from wsi_rt.export.graphs.builder import WeightFile, check_model
 from wsi_rt.export.graphs.layers import Style
 from wsi_rt.export.graphs.linears import DequantisedLinears
 from wsi_rt.export.graphs.write import DECODER, MODEL, Component, write_graphs
 from wsi_rt.export.parity import Arrays, check_inputs, reference_outputs, write_check
 from wsi_rt.export.portable import run_portable
-from wsi_rt.export.precision import format_of, formats
+from wsi_rt.export.precision import WIDE, format_of, formats, wide_formats
+from wsi_rt.export.quantise import BlockFormat
 from wsi_rt.export.sources.stored import Compared, Stored, with_head
 from wsi_rt.export.sources.weights import Part
 from wsi_rt.export.targets import Lowered, lowering
@@ -26,6 +27,7 @@ from wsi_rt.runtime.hashing import sha256_json
 from wsi_rt.runtime.manifest import Compiled, EngineManifest, TensorSpec
 from wsi_rt.runtime.parity import (
     GATES,
+    WIDE_LOGITS,
     check_component,
     compare,
     later_gate,
@@ -46,14 +48,22 @@ PROFILES: dict[str, dict[str, tuple[int, int, int]]] = {
 
 
 def build_component(
-    name: str, part: Part, work: Path, target: str, precision: str, threads: int, on_step: Callable[[str], None]
+    name: str,
+    part: Part,
+    work: Path,
+    target: str,
+    precision: str,
+    threads: int,
+    on_step: Callable[[str], None],
+    fast: bool = False,
 ) -> EngineManifest:
-    """Writes `work/<name>/` and returns its manifest (digest left to the caller, who hashes the files).
+    """Writes `work/<name>/` and returns its manifest (digest left to the caller, who hashes the files). fast: with
+    graphs for calls of many rows, where the component and the target have such.
 
     Raises ParityError when the portable or the lowered graph is off, naming the first layer that is.
     """
     on_step("export")
-    component = open_component(part, work / name, precision)
+    component = open_component(part, work / name, precision, fast)
     graphs = write_graphs(component, work / name, Style(DequantisedLinears(component.format_of)))
     lowered = lower(component, target, threads)
     for path in graphs.values():
@@ -62,9 +72,10 @@ def build_component(
     inputs = check_inputs(part.config)
     expected, layers, rounding = hold_against_reference(component, lowered, precision, inputs, threads)
     on_step("parity of the portable graph")
-    portable = compare(run_portable(part.config, graphs, inputs, threads), expected)
+    actual = run_portable(part.config, graphs, inputs, threads)
+    portable = compare(actual, {name: x for name, x in expected.items() if name != WIDE_LOGITS})
     require(name, "portable graph", portable, GATES["fp32"])
-    compiled = compiled_entry(lowered, work, part.config, precision)
+    compiled = compiled_entry(lowered, work, part.config, precision, component.wide)
     manifest = replace(
         describe(component, graphs, work),
         portable_parity=portable.to_json(),
@@ -87,20 +98,28 @@ def hold_against_reference(
     stored = Stored(source, component.weights, component.format_of)
     reference = reference_outputs(config, stored, inputs, threads, lowered.trajectory(inputs))
     layers = require_layers(config.component, reference.layers, GATES[precision])
-    write_check(component.weights.path.with_name(CHECK), inputs, reference.outputs)
+    outputs, check = reference.outputs, component.weights.path.with_name(CHECK)
+    write_check(check, inputs, outputs)
     if precision == "fp32":
-        return reference.outputs, layers, {}
+        return outputs, layers, {}
     checkpoint = Compared(source, stored)
-    whole = reference_outputs(config, checkpoint, inputs, threads).outputs
+    wide = lowered.wide_trajectory(inputs) if lowered.wide_trajectory else ()
+    whole = reference_outputs(config, checkpoint, inputs, threads, wide)
     rounding = require_rounding(config.component, checkpoint.errors, precision)
-    return reference.outputs, layers, rounding | {"outputs": compare(reference.outputs, whole).to_json()}
+    rounding |= {"outputs": compare(outputs, whole.outputs).to_json()}
+    if wide:  # 8 bits in any case, so held against the checkpoint itself
+        layers |= {"wide": require_layers(config.component, whole.layers, GATES["int8"])}
+        outputs = {**outputs, WIDE_LOGITS: whole.outputs["logits"]}
+        write_check(check, inputs, outputs)
+    return outputs, layers, rounding
 
 
-def open_component(part: Part, folder: Path, precision: str) -> Component:
+def open_component(part: Part, folder: Path, precision: str, fast: bool = False) -> Component:
     """Its folder, made here, and the empty weight file that its graphs will share."""
     folder.mkdir()
     source = with_head(part.config, part.source)
-    return Component(part.config, source, WeightFile(folder / "weights.data"), format_of(precision))
+    wide = WIDE if fast and isinstance(part.config, LlamaConfig) else None
+    return Component(part.config, source, WeightFile(folder / "weights.data"), format_of(precision), wide)
 
 
 def lower(component: Component, target: str, threads: int = 0) -> Lowered:
@@ -109,13 +128,15 @@ def lower(component: Component, target: str, threads: int = 0) -> Lowered:
     return lowering(target)(component, folder, threads)
 
 
-def compiled_entry(lowered: Lowered, work: Path, config: ComponentConfig, precision: str) -> Compiled:
+def compiled_entry(
+    lowered: Lowered, work: Path, config: ComponentConfig, precision: str, wide: BlockFormat | None = None
+) -> Compiled:
     """Its parity is not known yet."""
     return Compiled(
         graphs={role: str(p.relative_to(work)) for role, p in lowered.graphs.items()},
         weights_dir=str(lowered.weights_dir.relative_to(work)),
         precision=precision,
-        formats=formats(config, precision),
+        formats=formats(config, precision) | (wide_formats(config, wide) if wide else {}),
         parity={},
         requires=lowered.requires,
     )

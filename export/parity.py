@@ -153,10 +153,11 @@ def run_probe(probe: Path, inputs: Arrays, threads: int = 0) -> list[NDArray[np.
 
 
 def run_layers(
-    c: LlamaConfig, graphs: Mapping[str, Path], weights_dir: Path, inputs: Arrays, threads: int = 0
+    c: LlamaConfig, graphs: Mapping[str, Path], weights_dir: Path, inputs: Arrays, threads: int = 0, wide: bool = False
 ) -> list[NDArray[np.float32]]:
-    """The same of a language model's layers, prompt and answer in one call, one layer's weights in memory at a time."""
-    layers = OrtLayers(config_json(c), graphs, weights_dir, threads)
+    """The same of a language model's layers, prompt and answer in one call, one layer's weights in memory at a time.
+    wide: those for calls of many rows."""
+    layers = OrtLayers(config_json(c), graphs, weights_dir, threads, wide_from=1 if wide else None)
     embeds = np.concatenate([inputs["embeds"], layers.embed(inputs["token_ids"])])
     found: list[NDArray[np.float32]] = []
     run = LayersRun([Chunk(layers.new_kv(len(embeds)), embeds)])

@@ -29,6 +29,9 @@ _INT4 = BlockFormat(bits=4, block=32, symmetric=False)
 # left, rounded activations included; o_proj is the cheapest next step. A 7 B model takes 6.0 GB instead of 4.7.
 _SENSITIVE = ("v_proj", "o_proj", "down_proj", LM_HEAD)
 
+# How `--fast` also stores a language model's layers, for steps of many rows.
+WIDE = BlockFormat(bits=8, block=0, symmetric=True)
+
 
 def format_of(precision: str) -> FormatOf:
     """How Linear layers are stored in this precision."""
@@ -49,6 +52,11 @@ def formats(config: ComponentConfig, precision: str) -> dict[str, dict[str, obje
             entry = found.setdefault(form.name, {**form.to_json(), "layers": 0})
             entry["layers"] = int(str(entry["layers"])) + 1
     return found
+
+
+def wide_formats(config: ComponentConfig, form: BlockFormat) -> dict[str, dict[str, object]]:
+    """The same of what is stored a second time, for calls of many rows."""
+    return {f"{form.name}, wide": {**form.to_json(), "layers": len(linear_shapes(config))}}
 
 
 def weight_bytes(config: ComponentConfig, precision: str) -> int:

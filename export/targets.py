@@ -7,6 +7,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,26 +17,28 @@ from wsi_rt.export.arch import LlamaConfig
 from wsi_rt.export.graphs.layers import Style
 from wsi_rt.export.graphs.linears import FusedLinears
 from wsi_rt.export.graphs.llama import build_embed
-from wsi_rt.export.graphs.llama_layers import build_layers
+from wsi_rt.export.graphs.llama_layers import build_attention, build_layers
 from wsi_rt.export.graphs.write import EMBED, MODEL, Component, write_main
 from wsi_rt.export.lowering import lower_ort_cpu
 from wsi_rt.export.parity import Arrays, run_layers, run_probe
 from wsi_rt.runtime.engines.registry import TARGETS
 from wsi_rt.runtime.errors import InputError
+from wsi_rt.runtime.llm.ort_layers import wide_role
 
 
 @dataclass(frozen=True)
 class Lowered:
     """A target's graphs by role, the folder that their weights are relative to, and what the machine must have.
 
-    trajectory: what goes into the first layer on given inputs and comes out of each, computed as the target does, while
-    `weights.data` of the component is there. Called once.
+    trajectory: what goes into the first layer on given inputs and comes out of each, computed as the target does;
+    called once. wide_trajectory: that of the graphs for calls of many rows, where there are any.
     """
 
     graphs: Mapping[str, Path]
     weights_dir: Path
     requires: Mapping[str, str]
     trajectory: Callable[[Arrays], list[NDArray[np.float32]]]
+    wide_trajectory: Callable[[Arrays], list[NDArray[np.float32]]] | None = None
 
 
 # (component, the target's own empty folder, threads or 0) -> what was written there
@@ -48,15 +51,30 @@ def _ort_cpu(component: Component, folder: Path, threads: int) -> Lowered:
     c, shared, requires = component.config, component.weights.path.parent, {"isa": platform.machine()}
     style = Style(FusedLinears(component.format_of))
     if isinstance(c, LlamaConfig):
-        graphs = build_layers(c, component.source, component.weights, folder, style)
-        build_embed(c, component.source, component.weights, graphs.setdefault(EMBED, folder / "embed.onnx"))
-        return Lowered(graphs, shared, requires, lambda inputs: run_layers(c, graphs, shared, inputs, threads))
+        return _ort_cpu_llama(c, component, folder, style, threads)
     probe, source = shared / "probe.onnx", shared / "to-lower.onnx"
     write_main(component, probe, replace(style, probe=True))
     write_main(component, source, style)
     lower_ort_cpu(source, folder / "model.onnx", threads)
     source.unlink()
     return Lowered({MODEL: folder / "model.onnx"}, folder, requires, lambda inputs: run_probe(probe, inputs, threads))
+
+
+def _ort_cpu_llama(c: LlamaConfig, component: Component, folder: Path, style: Style, threads: int) -> Lowered:
+    source, weights, shared = component.source, component.weights, component.weights.path.parent
+    graphs = build_attention(c, weights, folder) | build_layers(c, source, weights, folder, style)
+    build_embed(c, source, weights, graphs.setdefault(EMBED, folder / "embed.onnx"))
+    if component.wide is not None:
+        wide = component.wide
+        (folder / "wide").mkdir()
+        layers = build_layers(c, source, weights, folder / "wide", Style(FusedLinears(lambda _: wide)))
+        graphs |= {wide_role(role): path for role, path in layers.items()}
+
+    def trajectory(inputs: Arrays, all_wide: bool = False) -> list[NDArray[np.float32]]:
+        return run_layers(c, graphs, shared, inputs, threads, all_wide)
+
+    wide_too = partial(trajectory, all_wide=True) if component.wide is not None else None
+    return Lowered(graphs, shared, {"isa": platform.machine()}, trajectory, wide_too)
 
 
 LOWERINGS: dict[str, Lowering] = {"ort-cpu": _ort_cpu}

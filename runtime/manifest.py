@@ -14,7 +14,7 @@ from wsi_rt.runtime.atomic import is_vacant
 from wsi_rt.runtime.errors import EngineMismatchError, InputError
 from wsi_rt.runtime.hashing import sha256_json
 
-SCHEMA = 2
+SCHEMA = 3
 FILE_NAME = "manifest.json"
 COMPONENTS = ("tile_encoder", "slide_encoder", "projector", "llm")
 

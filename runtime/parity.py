@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 Arrays = Mapping[str, NDArray[Any]]
 INPUT, OUTPUT = "input.", "output."  # prefixes of the names in check.npz
+WIDE_LOGITS = "logits.wide"  # of a language model's graphs for calls of many rows
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,10 @@ def check_component(root: Path, target: str, manifest: EngineManifest, threads: 
     inputs, expected = load_check(root / manifest.check)
     if manifest.name == "llm":
         teach, compiled = backend(target).decoder_class().teach, manifest.compiled(target)
-        actual = {"logits": teach(root, manifest, compiled, threads, inputs["embeds"], inputs["token_ids"])}
+        taught = partial(teach, root, manifest, compiled, threads, inputs["embeds"], inputs["token_ids"])
+        actual = {"logits": taught()}
+        if WIDE_LOGITS in expected:
+            actual[WIDE_LOGITS] = taught(all_wide=True)
     else:
         with backend(target).open_engine(root, manifest, threads) as engine:
             actual = engine.run(inputs)

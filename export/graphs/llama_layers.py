@@ -24,13 +24,19 @@ from wsi_rt.export.sources.weights import WeightSource
 from wsi_rt.runtime.llm.ort_layers import HEAD, OWN, PREFIX, layer_role
 
 
+def build_attention(c: LlamaConfig, weights: WeightFile, folder: Path) -> dict[str, Path]:
+    """Writes attention's two graphs; by role."""
+    paths = {role: folder / f"{role}.onnx" for role in (PREFIX, OWN)}
+    build_prefix_attention(c, weights, paths[PREFIX])
+    build_own_attention(c, weights, paths[OWN])
+    return paths
+
+
 def build_layers(
     c: LlamaConfig, source: WeightSource, weights: WeightFile, folder: Path, style: Style
 ) -> dict[str, Path]:
-    """Writes every graph but the embedding's; by role."""
-    paths = {role: folder / f"{role}.onnx" for role in (PREFIX, OWN, HEAD, *map(layer_role, range(c.layers + 1)))}
-    build_prefix_attention(c, weights, paths[PREFIX])
-    build_own_attention(c, weights, paths[OWN])
+    """Writes the layers' graphs and the head's; by role."""
+    paths = {role: folder / f"{role}.onnx" for role in (HEAD, *map(layer_role, range(c.layers + 1)))}
     source = with_head(c, source)
     for i in range(c.layers + 1):
         LayerGraph(c, source, weights, style, i).build(paths[layer_role(i)])

@@ -22,6 +22,7 @@ from wsi_rt.runtime.progress import Progress
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Bundle folder to write.")
 @click.option("--target", default="ort-cpu", show_default=True, help="What to compile for.")
 @click.option("--precision", metavar="SPEC", help="fp32, int8 or int4 where supported, or component=precision,...")
+@click.option("--fast", is_flag=True, help="Also 8-bit layers for `ask --fast`: int8 or int4 language models only.")
 @click.option("--components", metavar="LIST", help="Comma-separated subset of the checkpoint's components.")
 @click.option("--dry-run", is_flag=True, help="Check everything and say what would be built.")
 @click.option("--force", is_flag=True, help="Replace another build in --out.")
@@ -32,6 +33,7 @@ def build_engines(
     dry_run: bool,
     target: str,
     precision: str | None,
+    fast: bool,
     force: bool,
     threads: int | None,
     **sources: str | None,
@@ -47,7 +49,7 @@ def build_engines(
         raise MachineError(
             f"building engines needs {e.name or e}: pip install '.[export]' in a checkout of wsi-rt"
         ) from e
-    request = build.BuildRequest(Sources(**sources), out, target, precision, names, force, threads)
+    request = build.BuildRequest(Sources(**sources), out, target, precision, names, force, threads, fast)
     plan = build.plan_build(request)
     if build.is_up_to_date(plan):
         click.echo(f"{out}: up to date", err=True)

@@ -48,9 +48,9 @@ def _component(name: str, c: EngineManifest, size: int) -> list[str]:
         p, gate, layers = t.parity["engine"], t.parity["gate"], t.parity["layers"]
         of = f" of {target} {t.precision}" if len(c.targets) > 1 else ""
         lines += [
-            f"  weights{of}: {f['layers']} Linear layers in {f['bits']} bits, one scale per {f['block']}, "
-            f"{'symmetric' if f['symmetric'] else 'asymmetric'}"
-            for f in t.formats.values()
+            f"  weights{of}: {f['layers']} Linear layers in {f['bits']} bits, one scale per {f['block'] or 'row'}, "
+            f"{'symmetric' if f['symmetric'] else 'asymmetric'}{', for many rows (--fast)' if 'wide' in form else ''}"
+            for form, f in t.formats.items()
         ]
         lines.append(
             f"  parity{of} against fp32 torch: relative error {p['max_rel']:.1e} (gate {gate['max_rel']:.0e}), "

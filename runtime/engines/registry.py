@@ -27,8 +27,8 @@ class Backend:
     def open_engine(self, root: Path, manifest: EngineManifest, threads: int) -> Engine:
         return _load(self.engine).open(root, manifest, manifest.compiled(self.target), threads)
 
-    def open_decoder(self, root: Path, manifest: EngineManifest, threads: int) -> Decoder:
-        return self.decoder_class().open(root, manifest, manifest.compiled(self.target), threads)
+    def open_decoder(self, root: Path, manifest: EngineManifest, threads: int, fast: bool = False) -> Decoder:
+        return self.decoder_class().open(root, manifest, manifest.compiled(self.target), threads, fast)
 
     def decoder_class(self) -> type[Decoder]:
         return _load(self.decoder)

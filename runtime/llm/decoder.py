@@ -89,8 +89,9 @@ class Decoder(ABC):
 
     @classmethod
     @abstractmethod
-    def open(cls, root: Path, manifest: EngineManifest, compiled: Compiled, threads: int) -> Self:
-        """The language model of the bundle at `root`."""
+    def open(cls, root: Path, manifest: EngineManifest, compiled: Compiled, threads: int, fast: bool = False) -> Self:
+        """The language model of the bundle at `root`. fast: calls of many rows go through graphs of their own, so that
+        what a sequence gets depends on its company (not row_exact). Raises InputError when the bundle has none."""
 
     @abstractmethod
     def new_kv(self, capacity: int, prefix: PrefixKV | None = None) -> KV:
@@ -140,9 +141,13 @@ class Decoder(ABC):
         threads: int,
         embeds: F32,
         token_ids: NDArray[np.int64],
+        all_wide: bool = False,
     ) -> F32:
         """Prefill a prompt [T, hidden], then one call for each of the given tokens [S] -> logits [S + 1, vocab]: what
-        `verify` compares. A backend may hold fewer weights at a time than an open decoder does."""
+        `verify` compares. all_wide: every call through the graphs for many rows. A backend may hold fewer weights at a
+        time than an open decoder does."""
+        if all_wide:
+            raise NotImplementedError(f"{cls.__name__} has no graphs for calls of many rows")
         with cls.open(root, manifest, compiled, threads) as decoder:
             kv = decoder.new_kv(len(embeds) + len(token_ids))
             logits = [decoder.prefill(kv, embeds)]

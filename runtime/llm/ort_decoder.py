@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wsi_rt.runtime.engines.ort import plain_failure
-from wsi_rt.runtime.errors import WsiRtError
+from wsi_rt.runtime.errors import InputError, WsiRtError
 from wsi_rt.runtime.llm.decoder import F32, KV, Chunk, Decoder, DecoderSpec, PrefixKV
-from wsi_rt.runtime.llm.ort_layers import LayersRun, OrtKV, OrtLayers, OrtPrefix, own_kv
+from wsi_rt.runtime.llm.ort_layers import (
+    HEAD,
+    WIDE_ROWS,
+    LayersRun,
+    OrtKV,
+    OrtLayers,
+    OrtPrefix,
+    own_kv,
+    wide_role,
+)
 from wsi_rt.runtime.manifest import Compiled, EngineManifest
 
 
@@ -28,12 +36,21 @@ class OrtDecoder(Decoder):
             hidden_size=c["hidden"],
             context_length=c["context"],
             kv_bytes_per_token=2 * 4 * c["layers"] * c["kv_heads"] * c["head_width"],
-            row_exact=True,
+            row_exact=not layers.wide,
         )
 
     @classmethod
-    def open(cls, root: Path, manifest: EngineManifest, compiled: Compiled, threads: int) -> OrtDecoder:
-        return cls(manifest, _layers(root, manifest, compiled, threads, hold=True))
+    def open(
+        cls, root: Path, manifest: EngineManifest, compiled: Compiled, threads: int, fast: bool = False
+    ) -> OrtDecoder:
+        if fast and wide_role(HEAD) not in compiled.graphs:
+            raise InputError(
+                f"{root}: --fast given, but this bundle has no graphs for it; build it again with "
+                "wsi-rt build-engines --fast"
+            )
+        return cls(
+            manifest, _layers(root, manifest, compiled, threads, hold=True, wide_from=WIDE_ROWS if fast else None)
+        )
 
     @classmethod
     def teach(
@@ -44,10 +61,11 @@ class OrtDecoder(Decoder):
         threads: int,
         embeds: F32,
         token_ids: NDArray[np.int64],
+        all_wide: bool = False,
     ) -> F32:
         """Layer by layer: all calls go through one before the next is opened, which bounds the memory."""
         with plain_failure("llm"):
-            layers = _layers(root, manifest, compiled, threads, hold=False)
+            layers = _layers(root, manifest, compiled, threads, hold=False, wide_from=1 if all_wide else None)
             kv, given = layers.new_kv(len(embeds) + len(token_ids)), layers.embed(token_ids)
             runs = [LayersRun([Chunk(kv, embeds)])]
             runs += [LayersRun([Chunk(kv, given[i : i + 1])], [len(embeds) + i]) for i in range(len(given))]
@@ -116,6 +134,8 @@ class OrtDecoder(Decoder):
         return self._layers
 
 
-def _layers(root: Path, manifest: EngineManifest, compiled: Compiled, threads: int, hold: bool) -> OrtLayers:
-    graphs: Mapping[str, Any] = {role: root / path for role, path in compiled.graphs.items()}
-    return OrtLayers(manifest.config, graphs, root / compiled.weights_dir, threads, hold)
+def _layers(
+    root: Path, manifest: EngineManifest, compiled: Compiled, threads: int, hold: bool, wide_from: int | None
+) -> OrtLayers:
+    graphs = {role: root / path for role, path in compiled.graphs.items()}
+    return OrtLayers(manifest.config, graphs, root / compiled.weights_dir, threads, hold, wide_from)

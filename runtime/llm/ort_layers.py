@@ -23,12 +23,18 @@ if TYPE_CHECKING:
 # Roles of the graphs in the manifest; a layer's is `layer_role(i)`.
 EMBED, HEAD, PREFIX, OWN = "embed", "head", "attention.prefix", "attention.own"
 KEYS = 64  # a sequence's keys are read in multiples of this (llama_layers.build_own_attention)
+WIDE_ROWS = 8  # from so many rows on an integer product of whole rows is faster than blocks
 ROWS = 256  # attended to at once: 32 heads x 256 rows x 4,096 keys of scores are 134 MB
 
 
 def layer_role(i: int) -> str:
     """Of the graph between the attention of layer i - 1 and that of layer i."""
     return f"layers.{i}"
+
+
+def wide_role(role: str) -> str:
+    """Of the same graph for calls of many rows (`--fast`)."""
+    return f"wide.{role}"
 
 
 class OrtPrefix(PrefixKV):
@@ -73,19 +79,40 @@ class OrtKV(KV):
 
 
 class OrtLayers:
-    """The graphs of one language model. hold: every session stays open; else one layer's at a time, opened when it is
-    used. Sessions do not spin: there is one for each layer, and idle threads of 33 of them would take the cores from
-    the one that works (3 x slower); nor keep freed memory, which each would hold for itself."""
+    """The graphs of one language model.
+
+    hold: every session stays open; else one layer's at a time, opened when it is used. wide_from: calls of so many rows
+    or more go through the wide graphs.
+
+    Sessions do not spin: there is one for each layer, and idle threads of 33 of them would take the cores from the one
+    that works (3 x slower); nor keep freed memory, which each would hold for itself.
+    """
 
     def __init__(
-        self, config: Mapping[str, Any], graphs: Mapping[str, Path], weights_dir: Path, threads: int, hold: bool = False
+        self,
+        config: Mapping[str, Any],
+        graphs: Mapping[str, Path],
+        weights_dir: Path,
+        threads: int,
+        hold: bool = False,
+        wide_from: int | None = None,
     ) -> None:
         self.count, self.heads, self.hidden = config["layers"], config["heads"], config["hidden"]
         self.kv_heads, self.head_width = config["kv_heads"], config["head_width"]
         self._graphs, self._weights_dir, self._threads, self._hold = graphs, weights_dir, threads, hold
+        self._wide_from = wide_from
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
         for role in graphs if hold else (PREFIX, OWN):
-            self._session(role)
+            if self.wide or not role.startswith(wide_role("")):
+                self._session(role)
+
+    @property
+    def wide(self) -> bool:
+        """Whether the wide graphs are in use."""
+        return self._wide_from is not None
+
+    def _role(self, role: str, rows: int) -> str:
+        return wide_role(role) if self._wide_from is not None and rows >= self._wide_from else role
 
     def close(self) -> None:
         self._sessions.clear()
@@ -109,11 +136,11 @@ class OrtLayers:
 
     def head(self, x: F32) -> F32:
         """x [rows, hidden], what came out of the last layer -> logits [rows, vocab]."""
-        return self._session(HEAD).run(["logits"], {"x": x})[0]
+        return self._session(self._role(HEAD, len(x))).run(["logits"], {"x": x})[0]
 
     def linear(self, i: int, feeds: Mapping[str, NDArray[Any]]) -> dict[str, F32]:
         """The graph between two attentions, see llama_layers.LayerGraph."""
-        session = self._session(layer_role(i))
+        session = self._session(self._role(layer_role(i), len(feeds["x"])))
         wanted = {x.name for x in session.get_inputs()}
         names = [x.name for x in session.get_outputs()]
         return dict(zip(names, session.run(names, {n: x for n, x in feeds.items() if n in wanted}), strict=True))
