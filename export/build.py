@@ -20,7 +20,6 @@ from wsi_rt.export.component import build_component
 from wsi_rt.export.precision import WIDE, parse_precision, weight_bytes
 from wsi_rt.export.sources.checkpoint import Checkpoint, Sources, resolve
 from wsi_rt.export.sources.weights import Part
-from wsi_rt.export.staging import require_room, staged_directory, standing_parent
 from wsi_rt.export.targets import lowering
 from wsi_rt.runtime import manifest as m
 from wsi_rt.runtime.atomic import is_vacant, plain_os_error
@@ -30,6 +29,7 @@ from wsi_rt.runtime.engines.registry import backend
 from wsi_rt.runtime.errors import InputError
 from wsi_rt.runtime.hashing import sha256_file, sha256_json
 from wsi_rt.runtime.interrupts import checkpoint
+from wsi_rt.runtime.staging import require_room, staged_directory, standing_parent
 from wsi_rt.runtime.threads import resolve_threads
 from wsi_rt.runtime.types import TILE_PX
 

@@ -10,7 +10,7 @@ from typing import Any
 from onnx import TensorProto, helper
 from onnx import load as load_onnx
 
-from wsi_rt.export.arch import ComponentConfig, LlamaConfig, config_json
+from wsi_rt.export.arch import ComponentConfig, LlamaConfig, ViTConfig, config_json
 from wsi_rt.export.graphs.builder import WeightFile, check_model
 from wsi_rt.export.graphs.layers import Style
 from wsi_rt.export.graphs.linears import DequantisedLinears
@@ -18,7 +18,8 @@ from wsi_rt.export.graphs.write import DECODER, MODEL, Component, write_graphs
 from wsi_rt.export.parity import Arrays, check_inputs, reference_outputs, write_check
 from wsi_rt.export.portable import run_portable
 from wsi_rt.export.precision import WIDE, format_of, formats, wide_formats
-from wsi_rt.export.quantise import BlockFormat
+from wsi_rt.export.quantise import BlockFormat, FormatOf
+from wsi_rt.export.sensitive import sensitive_layers
 from wsi_rt.export.sources.stored import Compared, Stored, with_head
 from wsi_rt.export.sources.weights import Part
 from wsi_rt.export.targets import Lowered, lowering
@@ -63,7 +64,7 @@ def build_component(
     Raises ParityError when the portable or the lowered graph is off, naming the first layer that is.
     """
     on_step("export")
-    component = open_component(part, work / name, precision, fast)
+    component = open_component(part, work / name, precision, fast, threads)
     graphs = write_graphs(component, work / name, Style(DequantisedLinears(component.format_of)))
     lowered = lower(component, target, threads)
     for path in graphs.values():
@@ -75,7 +76,7 @@ def build_component(
     actual = run_portable(part.config, graphs, inputs, threads)
     portable = compare(actual, {name: x for name, x in expected.items() if name != WIDE_LOGITS})
     require(name, "portable graph", portable, GATES["fp32"])
-    compiled = compiled_entry(lowered, work, part.config, precision, component.wide)
+    compiled = compiled_entry(lowered, work, part.config, precision, component.wide, component.format_of)
     manifest = replace(
         describe(component, graphs, work),
         portable_parity=portable.to_json(),
@@ -107,6 +108,7 @@ def hold_against_reference(
     whole = reference_outputs(config, checkpoint, inputs, threads, wide)
     rounding = require_rounding(config.component, checkpoint.errors, precision)
     rounding |= {"outputs": compare(outputs, whole.outputs).to_json()}
+    rounding |= {"sensitive": component.sensitive.to_json()} if component.sensitive is not None else {}
     if wide:  # 8 bits in any case, so held against the checkpoint itself
         layers |= {"wide": require_layers(config.component, whole.layers, GATES["int8"])}
         outputs = {**outputs, WIDE_LOGITS: whole.outputs["logits"]}
@@ -114,12 +116,18 @@ def hold_against_reference(
     return outputs, layers, rounding
 
 
-def open_component(part: Part, folder: Path, precision: str, fast: bool = False) -> Component:
-    """Its folder, made here, and the empty weight file that its graphs will share."""
+def open_component(part: Part, folder: Path, precision: str, fast: bool = False, threads: int = 0) -> Component:
+    """Its folder, made here, and the empty weight file that its graphs will share; which layers are too sensitive for
+    the precision's format is measured. threads 0: torch's default."""
     folder.mkdir()
-    source = with_head(part.config, part.source)
-    wide = WIDE if fast and isinstance(part.config, LlamaConfig) else None
-    return Component(part.config, source, WeightFile(folder / "weights.data"), format_of(precision), wide)
+    c, source = part.config, with_head(part.config, part.source)
+    wide = WIDE if fast and isinstance(c, LlamaConfig) else None
+    choose = format_of(precision, c.component)
+    component = Component(c, source, WeightFile(folder / "weights.data"), choose, wide)
+    if not isinstance(c, ViTConfig) or precision == "fp32":
+        return component
+    sensitive = sensitive_layers(c, source, choose, threads)
+    return replace(component, format_of=sensitive.format_of(choose), sensitive=sensitive)
 
 
 def lower(component: Component, target: str, threads: int = 0) -> Lowered:
@@ -129,14 +137,19 @@ def lower(component: Component, target: str, threads: int = 0) -> Lowered:
 
 
 def compiled_entry(
-    lowered: Lowered, work: Path, config: ComponentConfig, precision: str, wide: BlockFormat | None = None
+    lowered: Lowered,
+    work: Path,
+    config: ComponentConfig,
+    precision: str,
+    wide: BlockFormat | None = None,
+    choose: FormatOf | None = None,
 ) -> Compiled:
-    """Its parity is not known yet."""
+    """Its parity is not known yet. choose: each layer's format, where it is not the precision alone that says it."""
     return Compiled(
         graphs={role: str(p.relative_to(work)) for role, p in lowered.graphs.items()},
         weights_dir=str(lowered.weights_dir.relative_to(work)),
         precision=precision,
-        formats=formats(config, precision) | (wide_formats(config, wide) if wide else {}),
+        formats=formats(config, precision, choose) | (wide_formats(config, wide) if wide else {}),
         parity={},
         requires=lowered.requires,
     )

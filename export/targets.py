@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi_rt.export.arch import LlamaConfig
+from wsi_rt.export.arch import LlamaConfig, ViTConfig
+from wsi_rt.export.graphs import tile_encoder_cpu
 from wsi_rt.export.graphs.layers import Style
 from wsi_rt.export.graphs.linears import FusedLinears
 from wsi_rt.export.graphs.llama import build_embed
@@ -53,11 +54,18 @@ def _ort_cpu(component: Component, folder: Path, threads: int) -> Lowered:
     if isinstance(c, LlamaConfig):
         return _ort_cpu_llama(c, component, folder, style, threads)
     probe, source = shared / "probe.onnx", shared / "to-lower.onnx"
-    write_main(component, probe, replace(style, probe=True))
-    write_main(component, source, style)
+    _write_ort_cpu(component, probe, replace(style, probe=True))
+    _write_ort_cpu(component, source, style)
     lower_ort_cpu(source, folder / "model.onnx", threads)
     source.unlink()
     return Lowered({MODEL: folder / "model.onnx"}, folder, requires, lambda inputs: run_probe(probe, inputs, threads))
+
+
+def _write_ort_cpu(component: Component, path: Path, style: Style) -> None:
+    if isinstance(component.config, ViTConfig):
+        tile_encoder_cpu.build(component.config, component.source, component.weights, path, style)
+    else:
+        write_main(component, path, style)
 
 
 def _ort_cpu_llama(c: LlamaConfig, component: Component, folder: Path, style: Style, threads: int) -> Lowered:

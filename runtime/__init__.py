@@ -11,15 +11,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from wsi_rt.runtime.config import GenerationSettings, SlideSettings
     from wsi_rt.runtime.errors import WsiRtError
+    from wsi_rt.runtime.llm.language_model import ModelSettings, Question
     from wsi_rt.runtime.pipeline import Pipeline
     from wsi_rt.runtime.types import Answer
 
-__all__ = ["Answer", "GenerationSettings", "Pipeline", "SlideSettings", "WsiRtError"]
+__all__ = ["Answer", "GenerationSettings", "ModelSettings", "Pipeline", "Question", "SlideSettings", "WsiRtError"]
 
 _HOME = {
     "Answer": "types",
     "GenerationSettings": "config",
+    "ModelSettings": "llm.language_model",
     "Pipeline": "pipeline",
+    "Question": "llm.language_model",
     "SlideSettings": "config",
     "WsiRtError": "errors",
 }

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import sys
 from importlib import import_module
-from types import FrameType
 
 import click
 
+from wsi_rt.runtime import interrupts
 from wsi_rt.runtime.errors import WsiRtError
 
 # Command -> "module:attribute" in `runtime/commands/`; the module is imported when its command is asked for.
@@ -19,12 +18,16 @@ COMMANDS = {
     "ask": "ask:ask",
     "bench": "bench:bench",
     "build-engines": "build:build_engines",
+    "cache": "cache:cache",
+    "diff-features": "diff_features:diff_features",
     "doctor": "doctor:doctor",
     "encode": "encode:encode",
     "inspect": "bundle:inspect",
     "kernels": "kernels:kernels",
+    "prefix": "prefix:prefix",
     "synth-checkpoint": "synth_checkpoint:synth_checkpoint",
     "synth-slide": "synth:synth_slide",
+    "tile": "tile:tile",
     "verify": "bundle:verify",
 }
 
@@ -66,20 +69,8 @@ def cli(context: click.Context) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command; every expected error is one line on stderr and an exit code (see `errors`)."""
-    for number in _INTERRUPTS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # ignored under nohup and in background jobs: stays so
-            signal.signal(number, _interrupt)
+    interrupts.install()
     sys.exit(run(argv))
-
-
-_INTERRUPTS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-
-
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    """Stop once: a second Ctrl-C would interrupt the clean-up, and leave half a bundle."""
-    for number in _INTERRUPTS:
-        signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt
 
 
 def run(argv: list[str] | None = None) -> int:

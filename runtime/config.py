@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from wsi_rt.runtime.errors import InputError
@@ -13,6 +14,7 @@ STOP_STRINGS = ("\nUSER:", "\nASSISTANT:", "\nHuman:", "\nQUESTION:", "\nTASK:")
 TEMPLATES = ("vicuna_v1", "llava_v1")
 TARGET_MPP = 0.5  # um/px the model was trained at (SPEC 1)
 MPP_RANGE = (0.05, 100.0)  # um/px; anything else is absurd (SPEC 1)
+BAD_TILE = ("fail", "skip", "white")  # what becomes of a tile that cannot be read
 
 
 def _require(ok: bool, flag: str, given: object, expected: str) -> None:
@@ -76,9 +78,13 @@ class SlideSettings:
     """How an input is read.
 
     Slides: `mpp` overrides the level-0 um/px; `allow_dark` accepts a dark background (as in fluorescence), whose
-    bright side then counts as tissue. Slides and tile features: `position_tile` overrides the divisor
-    of the position grid (None: patch_size_level0; GigaPath's own code uses 256). Tile features:
-    `patch_size_level0` overrides what the file says, `keep_order` leaves its tiles in the file's order.
+    bright side then counts as tissue; `reader` pins the slide reader (None: the first that knows the format); `roi`
+    is a GeoJSON file whose regions bound the tissue; `on_bad_tile` says what becomes of a tile that cannot be read,
+    tried again once: "fail" (SlideError), "skip" (it leaves the grid) or "white"; `plain_otsu` finds tissue by Otsu's
+    threshold alone (pen marks and black borders count, a slide without glass is split). Slides and tile features:
+    `position_tile` overrides the divisor of the position grid (None: patch_size_level0; GigaPath's own code uses
+    256). Tile features: `patch_size_level0` overrides what the file says, `keep_order` leaves its tiles in the file's
+    order.
     """
 
     mpp: float | None = None
@@ -88,6 +94,10 @@ class SlideSettings:
     position_tile: int | None = None
     patch_size_level0: int | None = None
     keep_order: bool = False
+    reader: str | None = None
+    roi: Path | None = None
+    on_bad_tile: str = "fail"
+    plain_otsu: bool = False
 
     def __post_init__(self) -> None:
         low, high = MPP_RANGE
@@ -95,6 +105,7 @@ class SlideSettings:
             _require(value is None or low <= value <= high, flag, value, f"um/px between {low:g} and {high:g}")
         for flag, px in (("--position-tile", self.position_tile), ("--patch-size-level0", self.patch_size_level0)):
             _require(px is None or px >= 1, flag, px, "1 or more level-0 px")
+        _require(self.on_bad_tile in BAD_TILE, "--on-bad-tile", self.on_bad_tile, ", ".join(BAD_TILE))
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}

@@ -1,12 +1,11 @@
-"""Slide -> tile features -> slide tokens: the stages before the language model, and the files that skip them."""
+"""Tile features -> slide tokens, and the files that stand in for either; slides become tile features in
+`encode_slide`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from time import perf_counter
 from typing import Any, Literal
 
 import numpy as np
@@ -18,19 +17,17 @@ from wsi_rt.runtime.features import read_slide_tokens, read_tile_file
 from wsi_rt.runtime.features.stamp import maker_digest
 from wsi_rt.runtime.manifest import EngineManifest
 from wsi_rt.runtime.positions import grid_positions, shared_cells
-from wsi_rt.runtime.slides import (
-    SlideReader,
-    TissueMask,
-    find_tissue,
-    iter_tiles,
-    open_slide,
-    plan_reads,
-    select_tiles,
-)
 from wsi_rt.runtime.timing import Stopwatch
-from wsi_rt.runtime.types import POOLED_TOKENS, Provenance, SlideRef, SlideTokens, TileFeatures
+from wsi_rt.runtime.types import (
+    POOLED_TOKENS,
+    Provenance,
+    SlideRef,
+    SlideTokens,
+    TileFailure,
+    TileFeatures,
+    TileGrid,
+)
 
-TILE_BATCH = 32
 Kind = Literal["slide", "tile_features", "slide_tokens"]
 OnProgress = Callable[[str, int, int], None]  # stage, done, total
 
@@ -44,8 +41,11 @@ def input_kind(path: Path) -> Kind:
 _KIND_TEXT = {"slide": "a slide", "tile_features": "a file of tile features", "slide_tokens": "a file of slide tokens"}
 # The settings that act on each kind of input.
 _ACTING: dict[Kind, set[str]] = {
-    "slide": {"mpp", "target_mpp", "allow_upsample", "allow_dark", "position_tile"},
-    "tile_features": {"position_tile", "patch_size_level0", "keep_order"},
+    "slide": {
+        *("mpp", "target_mpp", "allow_upsample", "allow_dark", "plain_otsu", "position_tile"),
+        *("reader", "roi", "on_bad_tile"),
+    },
+    "tile_features": {"position_tile", "patch_size_level0", "keep_order", "target_mpp"},
     "slide_tokens": set(),
 }
 
@@ -62,7 +62,8 @@ class Encoded:
     """What the encoders made of one input. `tokens` is None when only tile features were wanted;
     `features` is None when the input was a token file. `tiles`: grid, kept, failed, distinct_tokens.
     `settings`: how the input was read (Pipeline.encode records it). `file_attributes`: what an `.h5` input says of
-    its slide, to be carried on."""
+    its slide, to be carried on. `grid`: the tiles that the features or tokens are of, where known. `failures`: tiles
+    that could not be read and were left out or taken as white."""
 
     tokens: SlideTokens | None
     features: TileFeatures | None
@@ -72,56 +73,8 @@ class Encoded:
     timings_ms: Mapping[str, float] = field(default_factory=dict)
     settings: SlideSettings = field(default_factory=SlideSettings)
     file_attributes: Mapping[str, Any] | None = None
-
-
-def encode_tiles(
-    path: Path, settings: SlideSettings, encoder: Engine, threads: int, clock: Stopwatch, on_progress: OnProgress
-) -> Encoded:
-    """Read a slide and encode its tissue tiles in grid order.
-
-    Threads: tissue detection runs alone and has all of them. Then max(1, threads // 2) read tiles ahead while the
-    encoder, opened with all of them, computes; they pause once a batch is ready, which bounds the overlap.
-
-    Raises SlideError (unreadable, no resolution, no tissue), WsiRtError when a tile's features are not finite.
-    """
-    with open_slide(path, settings) as reader:
-        with clock.measure("tissue"):
-            plan = plan_reads(reader, settings)
-            mask = find_tissue(
-                reader,
-                allow_dark=settings.allow_dark,
-                threads=threads,
-                on_progress=lambda d, n: on_progress("tissue", d, n),
-            )
-            grid = select_tiles(plan, mask)
-        grid_positions(grid, settings.position_tile)  # refuse before the long work, not after
-        width = encoder.manifest.outputs[0].dims[-1]
-        x = np.empty((len(grid), int(width)), np.float32)  # [N, C]
-        started = perf_counter()
-        with closing(iter_tiles(reader, grid, plan, TILE_BATCH, threads=max(1, threads // 2))) as batches:
-            for batch in batches:
-                clock.add("tiles", (perf_counter() - started) * 1e3)
-                with clock.measure("tile_encoder"):
-                    rows = slice(int(batch.index[0]), int(batch.index[-1]) + 1)
-                    encoder.run({"tiles": batch.pixels}, {"features": x[rows]})
-                on_progress("tile encoder", rows.stop, len(grid))
-                started = perf_counter()
-        _require_finite(x, f"{path}: tile", grid.xy0.tolist(), encoder.manifest)
-        facts = {"slide": reader.ref.provenance.digest, "precision": encoder.precision}
-        made_by = Provenance("tile_encoder", encoder.manifest.weights, facts)
-        features = TileFeatures(x, grid, made_by)
-        tiles = {"grid": grid.cells, "kept": len(grid), "failed": 0, "distinct_tokens": None}
-        return Encoded(None, features, tiles, reader.ref, _slide_notes(reader, mask))
-
-
-def _slide_notes(reader: SlideReader, mask: TissueMask) -> tuple[str, ...]:
-    notes = list(reader.notes)
-    if mask.dark_background:
-        notes.append("the background is dark: the bright side was taken as tissue (--allow-dark)")
-    if reader.rereads:
-        regions = "1 region was" if reader.rereads == 1 else f"{reader.rereads} regions were"
-        notes.append(f"{regions} read again after an error")
-    return tuple(notes)
+    grid: TileGrid | None = None
+    failures: tuple[TileFailure, ...] = ()
 
 
 def load_tiles(path: Path, settings: SlideSettings) -> Encoded:
@@ -130,7 +83,7 @@ def load_tiles(path: Path, settings: SlideSettings) -> Encoded:
         path, sort=not settings.keep_order, patch_size_level0=settings.patch_size_level0
     )
     tiles = {"grid": features.grid.cells, "kept": len(features.grid), "failed": 0, "distinct_tokens": None}
-    return Encoded(None, features, tiles, notes=features.notes, file_attributes=attributes)
+    return Encoded(None, features, tiles, notes=features.notes, file_attributes=attributes, grid=features.grid)
 
 
 def require_own(encoded: Encoded, components: Mapping[str, EngineManifest], where: str) -> None:
@@ -189,7 +142,7 @@ def encode_tokens(encoded: Encoded, position_tile: int | None, encoder: Engine, 
     positions = grid_positions(features.grid, position_tile)
     with clock.measure("slide_encoder"):
         out = encoder.run({"features": features.x, "positions": positions})["tokens"]
-    _require_finite(out, "slide token", range(len(out)), encoder.manifest)
+    require_finite(out, "slide token", range(len(out)), encoder.manifest)
     distinct = min(len(features.grid), POOLED_TOKENS)
     divisor = position_tile or features.grid.patch_size_level0
     settings = {"position_tile": divisor, "order": features.grid.order, "precision": encoder.precision}
@@ -230,7 +183,8 @@ def load_tokens(path: Path, width: int, unpadded: int | None) -> Encoded:
     return Encoded(tokens, None, tiles, notes=tokens.notes)
 
 
-def _require_finite(x: np.ndarray, what: str, names: Sequence[object], engine: EngineManifest) -> None:
+def require_finite(x: np.ndarray, what: str, names: Sequence[object], engine: EngineManifest) -> None:
+    """Raises WsiRtError naming the first row of x [N, C] that is not finite, by its entry in `names`."""
     bad = np.flatnonzero(~np.isfinite(x).all(axis=1))
     if bad.size:
         fix = "check the engines with `wsi-rt verify DIR`, and report this if they pass"

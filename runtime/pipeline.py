@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
+from wsi_rt.runtime.asking import Asking, Dialogue, OnText
 from wsi_rt.runtime.bundle import Bundle
 from wsi_rt.runtime.config import GenerationSettings, SlideSettings
 from wsi_rt.runtime.encode import (
     Encoded,
     OnProgress,
-    encode_tiles,
-    encode_tokens,
     ignored_settings,
     input_kind,
     load_tiles,
@@ -23,19 +20,20 @@ from wsi_rt.runtime.encode import (
     other_precisions,
     require_own,
 )
+from wsi_rt.runtime.encode_slide import choose_tiles
 from wsi_rt.runtime.engines.base import Engine
 from wsi_rt.runtime.errors import FeatureFileError, InputError
-from wsi_rt.runtime.llm.decoder import Decoder
-from wsi_rt.runtime.llm.loop import CancelSignal, generate
-from wsi_rt.runtime.llm.prefix import SlidePrefix, prefill_prefix
-from wsi_rt.runtime.llm.prompt import PromptTokens, encode_prompt
-from wsi_rt.runtime.llm.scheduler import Request
-from wsi_rt.runtime.llm.tokenizer import Tokenizer
+from wsi_rt.runtime.features.compat import refuse_other_encoder, refuse_other_mpp, refuse_other_order
+from wsi_rt.runtime.features.coords import TileCoords, read_coords
+from wsi_rt.runtime.features.store import FeatureStore
+from wsi_rt.runtime.llm.generation import Generation
+from wsi_rt.runtime.llm.language_model import ModelSettings, Question
+from wsi_rt.runtime.llm.loop import CancelSignal
+from wsi_rt.runtime.stored import Task, encode_stored, file_identity, with_tokens
 from wsi_rt.runtime.timing import Stopwatch
-from wsi_rt.runtime.types import POOLED_TOKENS, Answer
+from wsi_rt.runtime.types import Answer
 
 STAGES = ("open", "tissue", "tiles", "tile_encoder", "slide_encoder", "projector", "prefill", "decode")
-QUESTION_ROOM = 256  # tokens; a slide's KV has room for questions up to a multiple of this, so that they share it
 PUBLISHED_WIDTH, PUBLISHED_PADDED = 768, 1024  # slide tokens as published files hold them
 
 
@@ -52,20 +50,29 @@ class Pipeline:
     ...         print(pipeline.ask(slide, question).text)  # the slide is encoded and prefilled once
     """
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, store: FeatureStore | None = None, model: ModelSettings | None = None) -> None:
         self.bundle = bundle
+        self.store = store
         self._clock = Stopwatch()
         self._engines: dict[str, Engine] = {}
-        self._decoder: Decoder | None = None
-        self._tokenizer: Tokenizer | None = None
-        self._prefix: SlidePrefix | None = None
+        self._asking = Asking(bundle, self._engine, model)
 
     @classmethod
-    def open(cls, engines: str | Path, threads: int | None = None) -> Pipeline:
-        """Raises InputError (no bundle there), EngineMismatchError (edited, damaged, another machine's)."""
+    def open(
+        cls,
+        engines: str | Path,
+        threads: int | None = None,
+        store: FeatureStore | None = None,
+        model: ModelSettings | None = None,
+    ) -> Pipeline:
+        """store: where slides encoded before are looked up, and kept; None: every slide is encoded. model: how the
+        language model runs: memory, prefixes on disk.
+
+        Raises InputError (no bundle there), EngineMismatchError (edited, damaged, another machine's).
+        """
         clock = Stopwatch()
         with clock.measure("open"):
-            pipeline = cls(Bundle.open(engines, threads))
+            pipeline = cls(Bundle.open(engines, threads), store, model)
         pipeline._clock = clock
         return pipeline
 
@@ -75,38 +82,68 @@ class Pipeline:
         settings: SlideSettings | None = None,
         *,
         tokens: bool = True,
+        features: bool = True,
+        coords: str | Path | None = None,
         on_progress: OnProgress = _no_progress,
     ) -> Encoded:
         """A slide, an `.h5` of tile features or a `.pt` of slide tokens -> features and (with `tokens`) tokens.
 
+        features: False says that tokens are enough, so that a stored slide's features are not loaded.
+        coords: an `.h5` with the coordinates of a slide's tiles, instead of tissue detection.
         Raises SlideError, FeatureFileError, InputError; see `runtime.encode`.
         """
         path, settings, clock = Path(source), settings or SlideSettings(), Stopwatch()
         kind = input_kind(path)
-        if kind != "slide" and not path.is_file():
-            what = "not a regular file" if path.exists() else "no such file"
-            raise FeatureFileError(f"{path}: {what}, expected a slide, an .h5 of tile features or a .pt of tokens")
-        if kind == "slide_tokens":
-            encoded = load_tokens(path, *self._token_widths())
-        elif kind == "tile_features":
-            encoded = load_tiles(path, settings)
+        task = Task(self.bundle, self._engine, settings.position_tile, tokens, features, clock, on_progress)
+        if kind == "slide":
+            encoded = self._encode_slide(path, settings, coords, task)
         else:
-            encoder = self._engine("tile_encoder")
-            encoded = encode_tiles(path, settings, encoder, self.bundle.threads, clock, on_progress)
+            encoded = self._load(path, settings, coords)
         require_own(encoded, self.bundle.manifest.components, str(path))
         others = other_precisions(encoded, self.bundle.manifest.components, self.bundle.target)
-        notes = (*ignored_settings(kind, settings), *encoded.notes, *others)
+        acting = settings if coords is None else replace(settings, keep_order=False, patch_size_level0=None)
+        notes = (*ignored_settings(kind, acting), *encoded.notes, *others)
         encoded = replace(encoded, notes=notes, settings=settings)
         if tokens and encoded.tokens is None:
-            on_progress("slide encoder", 0, 1)
-            encoded = encode_tokens(encoded, settings.position_tile, self._engine("slide_encoder"), clock)
-            on_progress("slide encoder", 1, 1)
+            encoded = with_tokens(encoded, task)
         return replace(encoded, timings_ms=clock.ms)
+
+    def _encode_slide(self, path: Path, settings: SlideSettings, coords: str | Path | None, task: Task) -> Encoded:
+        """With tokens where there is a store, which keeps them as well."""
+        chosen_by: TileCoords | None = None
+        if coords is not None:
+            if settings.roi is not None:
+                raise InputError("--coords and --roi given, expected one of them: the file says which tiles")
+            chosen_by = read_coords(coords, sort=not settings.keep_order, patch_size_level0=settings.patch_size_level0)
+        before = file_identity(path) if self.store is not None else None
+        with choose_tiles(path, settings, self.bundle.threads, task.clock, task.on_progress, chosen_by) as chosen:
+            notes = (*chosen.notes, *(chosen_by.notes if chosen_by is not None else ()))
+            return encode_stored(replace(chosen, notes=notes), self.store, task, before)
+
+    def _load(self, path: Path, settings: SlideSettings, coords: str | Path | None) -> Encoded:
+        """Features or tokens of a file, refused where it says that they are not what this bundle works on."""
+        if coords is not None:
+            raise InputError(f"--coords given, but {path} is no slide; expected a slide to read the tiles of")
+        if not path.is_file():
+            what = "not a regular file" if path.exists() else "no such file"
+            raise FeatureFileError(f"{path}: {what}, expected a slide, an .h5 of tile features or a .pt of tokens")
+        if input_kind(path) == "slide_tokens":
+            encoded = load_tokens(path, *self._token_widths())
+            if encoded.tokens is not None:
+                refuse_other_order(encoded.tokens, settings, str(path))
+            return encoded
+        encoded = load_tiles(path, settings)
+        if encoded.features is None:
+            return encoded
+        refuse_other_mpp(encoded.features, encoded.file_attributes or {}, settings, str(path))
+        own = self.bundle.manifest.components.get("tile_encoder")
+        notes = refuse_other_encoder(encoded.features, own.config if own else None, str(path))
+        return replace(encoded, notes=(*encoded.notes, *notes))
 
     def ask(
         self,
         source: str | Path | Encoded,
-        question: str,
+        question: str | Question,
         settings: GenerationSettings | None = None,
         slide_settings: SlideSettings | None = None,
         *,
@@ -120,30 +157,89 @@ class Pipeline:
         that can be refused is refused before the slide is read: question, context length. Raises WsiRtError
         subclasses.
         """
+        heard = None if on_text is None else lambda _, piece: on_text(piece)
+        return self.ask_many(
+            source, [question], settings, slide_settings, on_text=heard, on_progress=on_progress, cancel=cancel
+        )[0]
+
+    def ask_many(
+        self,
+        source: str | Path | Encoded,
+        questions: Sequence[str | Question],
+        settings: GenerationSettings | None = None,
+        slide_settings: SlideSettings | None = None,
+        *,
+        on_text: OnText | None = None,
+        on_progress: OnProgress = _no_progress,
+        cancel: CancelSignal | None = None,
+    ) -> list[Answer]:
+        """As `ask`, for several questions on one slide, answered together: each as if it were asked alone, the slide's
+        part of the prompt computed once. `on_text(i, piece)`: of question i. The first answer's timings have what was
+        done once; prefill and decode are wall time as each question saw it, so they overlap."""
+        asked = [q if isinstance(q, Question) else Question(q) for q in questions]
+        settings = settings or self.default_generation()
+        encoded = self._encoded(source, asked, settings, slide_settings, on_progress)
+        clock = Stopwatch()
+        generations = self._asking.ask(encoded, asked, settings, clock, on_text, cancel)
+        once: dict[str, float] = {**encoded.timings_ms, **clock.ms}
+        answers = []
+        for generation in generations:
+            answers.append(self._answer(encoded, generation, settings, once))
+            once = {}
+        return answers
+
+    @contextmanager
+    def converse(
+        self,
+        source: str | Path | Encoded,
+        settings: GenerationSettings | None = None,
+        slide_settings: SlideSettings | None = None,
+        *,
+        on_progress: OnProgress = _no_progress,
+    ) -> Iterator[Dialogue]:
+        """Several turns about one input: every question is asked with what was said before.
+
+        >>> with pipeline.converse("slide.svs") as dialogue:
+        ...     dialogue.ask("What is the grade?")
+        ...     dialogue.ask("Which features support it?")
+        """
+        settings, clock = settings or self.default_generation(), Stopwatch()
+        encoded = self._encoded(source, [], settings, slide_settings, on_progress)
+        with self._asking.converse(encoded, settings.template, clock) as conversation:
+            once: dict[str, float] = {**encoded.timings_ms, **clock.ms}
+
+            def answer(generation: Generation) -> Answer:
+                made = self._answer(encoded, generation, settings, once)
+                once.clear()
+                return made
+
+            yield Dialogue(conversation, settings, answer)
+
+    def _encoded(
+        self,
+        source: str | Path | Encoded,
+        questions: Sequence[Question],
+        settings: GenerationSettings,
+        slide_settings: SlideSettings | None,
+        on_progress: OnProgress,
+    ) -> Encoded:
+        """The input with its tokens, once questions are known to be acceptable (none: a conversation's come later)."""
         if isinstance(source, Encoded):
             if slide_settings is not None:
                 raise InputError("slide_settings given with an input that is encoded already: give them to encode()")
             require_own(source, self.bundle.manifest.components, "this encoded input")
-        settings = settings or self.default_generation()
-        prompt = encode_prompt(self._open_tokenizer(), settings.template, question)
-        self._require_room(prompt)
+        self._asking.check(questions, settings, self._clock)
         if isinstance(source, Encoded):
-            encoded = replace(source, timings_ms={})
-        else:
-            encoded = self.encode(source, slide_settings, on_progress=on_progress)
-        clock = Stopwatch()
-        prefix = self._slide_prefix(encoded, prompt, settings, clock)
-        decoder = self._open_decoder()
-        request = Request(
-            embeds=decoder.embed(np.array(prompt.after, np.int64)),
-            settings=settings,
-            kv=prefix.kv,
-            slide_tokens=prefix.slide_tokens,
-        )
-        generation = generate(decoder, self._open_tokenizer(), request, on_text, cancel)
-        clock.add("prefill", generation.prefill_ms)
-        clock.add("decode", generation.decode_ms)
-        timings = {**encoded.timings_ms, **clock.ms, **self._take_open_ms()}
+            return replace(source, timings_ms={})
+        return self.encode(source, slide_settings, features=False, on_progress=on_progress)
+
+    def _answer(
+        self, encoded: Encoded, generation: Generation, settings: GenerationSettings, once: Mapping[str, float]
+    ) -> Answer:
+        """once: timings of what was done for this answer and others."""
+        own = {"prefill": generation.prefill_ms, "decode": generation.decode_ms}
+        timings = {**once, **own, "open": once.get("open", 0.0) + self._take_open_ms().get("open", 0.0)}
+        notes = (*encoded.notes, *generation.notes, *self._asking.take_notes(), *self._weights_note())
         return Answer(
             text=generation.text,
             token_ids=generation.token_ids,
@@ -152,7 +248,8 @@ class Pipeline:
             tiles=encoded.tiles,
             engines={name: c.digest for name, c in self.bundle.manifest.components.items()},
             settings={**settings.to_json(), "slide": self._slide_settings(encoded), **self._machine()},
-            notes=(*encoded.notes, *generation.notes, *self._weights_note()),
+            notes=notes,
+            choices=generation.choices,
         )
 
     def default_generation(self) -> GenerationSettings:
@@ -163,9 +260,7 @@ class Pipeline:
         for engine in self._engines.values():
             engine.close()
         self._engines.clear()
-        if self._decoder is not None:
-            self._decoder.close()
-        self._decoder = self._prefix = None
+        self._asking.close()
 
     def __enter__(self) -> Pipeline:
         return self
@@ -178,19 +273,6 @@ class Pipeline:
             with self._clock.measure("open"):
                 self._engines[name] = self.bundle.engine(name)
         return self._engines[name]
-
-    def _open_decoder(self) -> Decoder:
-        if self._decoder is None:
-            with self._clock.measure("open"):
-                self._decoder = self.bundle.decoder()
-        return self._decoder
-
-    def _open_tokenizer(self) -> Tokenizer:
-        if self._tokenizer is None:
-            with self._clock.measure("open"):
-                self.bundle.component("llm")
-                self._tokenizer = self.bundle.tokenizer()
-        return self._tokenizer
 
     def _take_open_ms(self) -> dict[str, float]:
         """Opening time since the last answer."""
@@ -210,46 +292,15 @@ class Pipeline:
         unpadded, norm = int(encoder.config["width"]), int(encoder.config["norm_width"])
         return width, unpadded if norm == unpadded < width else None
 
-    def _require_room(self, prompt: PromptTokens) -> None:
-        context = int(self.bundle.component("llm").config["context"])
-        total = prompt.text_tokens + POOLED_TOKENS
-        if total >= context:
-            raise InputError(
-                f"the question makes a prompt of {total} tokens ({len(prompt.after)} of the question, {POOLED_TOKENS} "
-                f"of the slide), expected fewer than the context of {context}; shorten the question"
-            )
-
-    def _slide_prefix(
-        self, encoded: Encoded, prompt: PromptTokens, settings: GenerationSettings, clock: Stopwatch
-    ) -> SlidePrefix:
-        """The slide's prefix, from the question before when it is the same slide and there is room."""
-        if encoded.tokens is None:
-            raise InputError("this input was encoded without slide tokens; encode it with tokens=True")
-        decoder, tokens = self._open_decoder(), encoded.tokens.tokens
-        fixed = len(prompt.before) + POOLED_TOKENS
-        question = -(-len(prompt.after) // QUESTION_ROOM) * QUESTION_ROOM
-        needed = min(fixed + question + settings.max_new_tokens, decoder.spec.context_length)
-        key = hashlib.sha256(tokens.tobytes() + repr(prompt.before).encode()).hexdigest()
-        prefix = self._prefix
-        if prefix is not None and prefix.key == key and prefix.kv.capacity >= needed:
-            prefix.kv.rewind(prefix.length)
-            return prefix
-        self._prefix = None  # free its KV before the next one is made
-        projector = self._engine("projector")
-        with clock.measure("projector"):
-            projected = projector.run({"tokens": tokens})["embeds"]
-        with clock.measure("prefill"):
-            self._prefix = prefill_prefix(decoder, prompt.before, projected, needed, key)
-        return self._prefix
-
     def _slide_settings(self, encoded: Encoded) -> dict[str, object]:
         """What was asked for, and what the slide or file turned out to be."""
         out: dict[str, object] = dict(encoded.settings.to_json())
         if encoded.slide is not None:
             out |= {"reader": encoded.slide.provenance.maker, "mpp0": encoded.slide.mpp0}
             out |= {"mpp_source": encoded.slide.mpp_source}
-        if encoded.features is not None:
-            out |= {"patch_size_level0": encoded.features.grid.patch_size_level0, "order": encoded.features.grid.order}
+        grid = encoded.features.grid if encoded.features is not None else encoded.grid
+        if grid is not None:
+            out |= {"patch_size_level0": grid.patch_size_level0, "order": grid.order}
         if encoded.tokens is not None:
             out["position_tile"] = encoded.tokens.provenance.settings.get(
                 "position_tile", encoded.settings.position_tile

@@ -33,7 +33,8 @@ class SlideRef:
     """A readable slide: where it is, how large, at what resolution.
 
     `size0` is (width, height) in level-0 px; `mpp0` is um per level-0 px; `mpp_source` says where
-    the value came from (a property name or `--mpp`).
+    the value came from (a property name or `--mpp`). `bounds0` is (x, y, width, height) in level-0 px of
+    the scanned area, where the file declares one (MIRAX, SCN).
     """
 
     path: Path
@@ -41,6 +42,7 @@ class SlideRef:
     mpp0: float
     mpp_source: str
     provenance: Provenance
+    bounds0: tuple[int, int, int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,25 @@ class TileGrid:
 
 
 @dataclass(frozen=True)
+class TileFailure:
+    """A tile that could not be read, tried again once.
+
+    index: into the grid.    xy0: level-0 px of its top-left corner.    reason: one line.
+    """
+
+    index: int
+    xy0: tuple[int, int]
+    reason: str
+
+
+@dataclass(frozen=True)
 class TileBatch:
-    """pixels: u8 [B, 256, 256, 3] RGB; index: [B] int64 into the grid."""
+    """pixels: u8 [B, 256, 256, 3] RGB; index: [B] int64 into the grid; failures: tiles among them that could not be
+    read, whose pixels are white."""
 
     pixels: NDArray[np.uint8]
     index: NDArray[np.int64]
+    failures: tuple[TileFailure, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,7 +125,8 @@ class SlideTokens:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer. `stop_reason` is eos, length, stop_string or cancelled."""
+    """One answer. `stop_reason` is eos, length, stop_string, cancelled, or choice: a closed question, whose options'
+    probabilities are in `choices`."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -119,11 +136,14 @@ class Answer:
     engines: Mapping[str, str]
     settings: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+    choices: Mapping[str, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The object that `ask --json` prints."""
+        """The object that `ask --json` prints; `choices` for a closed question only."""
+        choices = {} if self.choices is None else {"choices": dict(self.choices)}
         return {
             "text": self.text,
+            **choices,
             "token_ids": list(self.token_ids),
             "stop_reason": self.stop_reason,
             "timings_ms": {k: round(v, 3) for k, v in self.timings_ms.items()},

@@ -7,8 +7,9 @@ Weights go straight to an external data file as they are added, so a graph never
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,15 @@ class WeightFile:
         if not where:
             return np.frombuffer(tensor.raw_data, np.uint8)
         return np.fromfile(self.path, np.uint8, count=int(where["length"]), offset=int(where["offset"]))
+
+
+@dataclass
+class Body:
+    """inputs: values by the names given. results: (value, dims), to be filled. graph: when its block has ended."""
+
+    inputs: dict[str, str]
+    results: list[tuple[str, Dims]] = field(default_factory=list)
+    graph: onnx.GraphProto | None = None
 
 
 class GraphBuilder:
@@ -146,6 +156,21 @@ class GraphBuilder:
         node = helper.make_node(kind, list(inputs), list(outputs), name=path, domain=domain, **attributes)
         self._nodes.append(node)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    @contextmanager
+    def body(self, inputs: Mapping[str, Dims], dtype: int = TensorProto.FLOAT) -> Iterator[Body]:
+        """The subgraph of an If or a Scan: nodes added meanwhile go there, and see what stands outside. inputs: dims
+        by name."""
+        outer, self._nodes = self._nodes, []
+        scope = "/".join(["", *self._scope])
+        body = Body({name: f"{scope}/{name}" for name in inputs})
+        try:
+            yield body
+        finally:
+            nodes, self._nodes = self._nodes, outer
+        given = [helper.make_tensor_value_info(f"{scope}/{name}", dtype, dims) for name, dims in inputs.items()]
+        made = [helper.make_tensor_value_info(name, dtype, dims) for name, dims in body.results]
+        body.graph = helper.make_graph(nodes, scope, given, made)
 
     def declare(self, function: onnx.FunctionProto) -> None:
         """Make a function part of the model (one that only other functions call needs this)."""

@@ -121,7 +121,8 @@ class FusedLinears(BlockLinears):
     def _product(g: Graph, x: str, columns: str, scales: str) -> str:
         """x [..., in]. An activation's code is round(127 x / largest of its row) + 128."""
         b = g.b
-        largest = b.op("ReduceMax", [b.op("Abs", [x]), b.constant([-1])], keepdims=1)  # [..., 1]
+        top, bottom = (b.op(f"Reduce{end}", [x, b.constant([-1])], keepdims=1) for end in ("Max", "Min"))
+        largest = b.op("Max", [top, b.op("Neg", [bottom])])  # [..., 1]; half the time of Abs, then ReduceMax
         floor, share = (
             b.constant(np.finfo(np.float32).tiny, np.float32, "tiny"),
             b.constant(1 / 127, np.float32, "1/127"),
@@ -145,7 +146,9 @@ class DequantisedLinears(BlockLinears):
     def _make(self, g: Graph, x: str, name: str, bias: bool, form: BlockFormat) -> str:
         b = g.b
         if not form.block:
-            w = b.op("DequantizeLinear", self._rows(g, name, form), axis=1)
+            out = g.source.shapes()[f"{name}.weight"][0]
+            zeros = b.weight(f"zeros.int8.{out}", lambda: np.zeros(out, np.int8))  # told, or x64quantprecision breaks it
+            w = b.op("DequantizeLinear", [*self._rows(g, name, form), zeros], axis=1)
             return _with_bias(g, b.op("MatMul", [x, w]), name, bias)
         inputs = g.source.shapes()[f"{name}.weight"][1]
         w = b.op("DequantizeLinear", self._weights(g, name, form, standard=True), axis=1, block_size=form.block)

@@ -55,11 +55,7 @@ class SlideEncoderGraph(Graph):
         features = b.input("features", FLOAT, ["tiles", c.in_width])
         positions = b.input("positions", TensorProto.INT64, ["tiles", 2])
         x = self._embed(features, positions)
-        self.layer_boundary(x, ["tokens", c.width])
-        for i in range(c.depth):
-            with b.scope(f"layers.{i}"):
-                x = self._layer(x, f"encoder.layers.{i}")
-            self.layer_boundary(x, ["tokens", c.width])
+        x = self._layers(x)
         x = self.make_layer_norm(x, "encoder.layer_norm", c.eps)
         self._heads(x)
         if expose_encoder_out:
@@ -77,17 +73,35 @@ class SlideEncoderGraph(Graph):
             cls_token = b.weight("cls_token", lambda: self.source.get("cls_token").reshape(1, c.width))
             return b.op("Concat", [cls_token, b.op("Add", [x, position])], axis=0)
 
+    def _layers(self, x: str) -> str:
+        """[N + 1, C] -> the same after all layers."""
+        self.layer_boundary(x, ["tokens", self.c.width])
+        for i in range(self.c.depth):
+            with self.b.scope(f"layers.{i}"):
+                x = self._layer(x, f"encoder.layers.{i}")
+            self.layer_boundary(x, ["tokens", self.c.width])
+        return x
+
     def _layer(self, x: str, p: str) -> str:
         b, c = self.b, self.c
-        y = self.make_layer_norm(x, f"{p}.self_attn_layer_norm", c.eps)
+        head = c.width // c.heads
+        q, k, v = (reshape(b, y, [-1, c.heads, head]) for y in self._project(x, p))
         with b.scope("attn"):
-            head = c.width // c.heads
-            q, k, v = (
-                reshape(b, self.make_linear(y, f"{p}.self_attn.{n}", bias=True), [-1, c.heads, head])
-                for n in ("q_proj", "k_proj", "v_proj")
-            )
             y = dilated_attention(b, q, k, v, c.segment_lengths, c.dilated_ratios, c.heads, head)
-            y = self.make_layer_norm(reshape(b, y, [-1, c.width]), f"{p}.self_attn.inner_attn_ln", c.eps)
+            y = reshape(b, y, [-1, c.width])
+        return self._rest(x, y, p)
+
+    def _project(self, x: str, p: str) -> list[str]:
+        """[L, C] -> queries, keys and values [L, C] of a layer."""
+        y = self.make_layer_norm(x, f"{p}.self_attn_layer_norm", self.c.eps)
+        with self.b.scope("attn"):
+            return [self.make_linear(y, f"{p}.self_attn.{n}_proj", bias=True) for n in "qkv"]
+
+    def _rest(self, x: str, y: str, p: str) -> str:
+        """[L, C] and what is attended to, [L, C] -> the layer's output [L, C]."""
+        b, c = self.b, self.c
+        with b.scope("attn"):
+            y = self.make_layer_norm(y, f"{p}.self_attn.inner_attn_ln", c.eps)
             x = b.op("Add", [x, self.make_linear(y, f"{p}.self_attn.out_proj", bias=True)])
         y = self.make_layer_norm(x, f"{p}.final_layer_norm", c.eps)
         with b.scope("ffn"):

@@ -116,10 +116,13 @@ class TileEncoderGraph(Graph):
         y = reshape(b, b.op("Transpose", [y], perm=[0, 2, 1, 3]), [0, 0, c.width])
         return self.make_linear(y, f"{p}.proj", c.proj_bias)
 
+    def _activation(self, x: str) -> str:
+        return activation(self.b, x, self.c.act)
+
     def _mlp(self, x: str, p: str) -> str:
         b, c = self.b, self.c
         if c.mlp == "mlp":
-            y = activation(b, self.make_linear(x, f"{p}.fc1", c.proj_bias), c.act)
+            y = self._activation(self.make_linear(x, f"{p}.fc1", c.proj_bias))
         else:
             if c.mlp == "swiglu":
                 gate = self.make_linear(x, f"{p}.fc1_g", c.proj_bias)
@@ -127,5 +130,5 @@ class TileEncoderGraph(Graph):
             else:
                 packed = self.make_linear(x, f"{p}.fc1", c.proj_bias)
                 gate, value = b.op("Split", [packed], axis=-1, num_outputs=2, outputs=2)
-            y = b.op("Mul", [activation(b, gate, c.act), value])
+            y = b.op("Mul", [self._activation(gate), value])
         return self.make_linear(y, f"{p}.fc2", c.proj_bias)

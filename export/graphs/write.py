@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from wsi_rt.export.arch import ComponentConfig, LlamaConfig, LongNetConfig, ProjectorConfig, ViTConfig
 from wsi_rt.export.graphs import llama, projector, slide_encoder, tile_encoder
@@ -12,6 +13,9 @@ from wsi_rt.export.graphs.layers import Style
 from wsi_rt.export.quantise import BlockFormat, FormatOf
 from wsi_rt.export.sources.weights import WeightSource
 
+if TYPE_CHECKING:
+    from wsi_rt.export.sensitive import Sensitive
+
 EMBED, DECODER, MODEL = "embed", "decoder", "model"  # graph roles; the language model has the first two
 
 
@@ -19,13 +23,14 @@ EMBED, DECODER, MODEL = "embed", "decoder", "model"  # graph roles; the language
 class Component:
     """What all graphs of a component are written from. `weights`: the file that they share; a Linear that several
     graphs store the same way is in it once. `wide`: the format in which a target also stores it for calls of many rows,
-    where it is to (`--fast`)."""
+    where it is to (`--fast`). `sensitive`: the layers that `format_of` keeps wider, where those were looked for."""
 
     config: ComponentConfig
     source: WeightSource
     weights: WeightFile
     format_of: FormatOf
     wide: BlockFormat | None = None
+    sensitive: Sensitive | None = None
 
 
 def write_graphs(component: Component, folder: Path, style: Style) -> dict[str, Path]:

@@ -16,10 +16,10 @@ from wsi_rt.export.layouts.writers import DTYPES, Piece, index_of, shards
 from wsi_rt.export.sources.presets import PRESETS, Preset
 from wsi_rt.export.sources.synthetic import SyntheticSource, uniform
 from wsi_rt.export.sources.weights import F32, Overlay, Renamed, WeightSource
-from wsi_rt.export.staging import require_room, staged_directory
 from wsi_rt.export.tokenizer import synthetic_tokenizer
 from wsi_rt.runtime.atomic import is_vacant
 from wsi_rt.runtime.errors import InputError
+from wsi_rt.runtime.staging import require_room, staged_directory
 
 SHARD_BYTES = 2_000_000_000  # a .bin shard is in memory while it is written
 LLAVA, BASE = "llava", "llava_base"

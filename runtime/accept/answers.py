@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from wsi_rt.runtime.bundle import Bundle
 from wsi_rt.runtime.config import GenerationSettings
 from wsi_rt.runtime.errors import InputError, WsiRtError
-from wsi_rt.runtime.llm.prefix import SlidePrefix, prefill_prefix
+from wsi_rt.runtime.llm.decoder import KV, Chunk, PrefixKV
+from wsi_rt.runtime.llm.prefix import slide_prefix
 from wsi_rt.runtime.llm.prompt import encode_prompt
 from wsi_rt.runtime.llm.sampling import Sampler
 from wsi_rt.runtime.llm.tokenizer import Tokenizer
@@ -78,13 +79,13 @@ class Answerer:
         self.tokenizer = bundle.tokenizer()
         self.vocabulary = Vocabulary(self.tokenizer)
         self.decoder = bundle.decoder()
-        self._prefix: SlidePrefix | None = None
+        self._prefixes: dict[str, PrefixKV] = {}  # by template
 
     def __enter__(self) -> Answerer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._prefix = None
+        self._prefixes.clear()
         self.decoder.close()
 
     def walk(self, question: str, trial: Trial) -> Walk:
@@ -121,22 +122,21 @@ class Answerer:
                 return end("untrimmed" if spelling.trimmed else "same")
         return end("same" if spelling.complete else "cut")
 
-    def begin(self, question: str, settings: GenerationSettings) -> tuple[SlidePrefix, NDArray[np.float32], int]:
-        """Prefill a question after the shared prefix -> (prefix, logits [vocab], tokens that may be generated)."""
+    def begin(self, question: str, settings: GenerationSettings) -> tuple[KV, NDArray[np.float32], int]:
+        """Prefill a question after the shared prefix -> (KV, logits [vocab], tokens that may be generated)."""
         prompt = encode_prompt(self.tokenizer, settings.template, question)
         context, fixed = self.decoder.spec.context_length, len(prompt.before) + len(self._projected)
         room = context - fixed - len(prompt.after)
         if room < 1:
             raise InputError(f"a question of {len(prompt.after)} tokens does not fit the context of {context}")
-        needed = min(context, fixed + len(prompt.after) + settings.max_new_tokens)
-        key, prefix = settings.template, self._prefix
-        if prefix is None or prefix.key != key or prefix.kv.capacity < needed:
-            self._prefix = None  # free its KV before the next one is made
-            spare = min(context, needed + len(prompt.after))  # a longer question can follow
-            prefix = self._prefix = prefill_prefix(self.decoder, prompt.before, self._projected, spare, key)
-        prefix.kv.rewind(prefix.length)
-        logits = self.decoder.prefill(prefix.kv, self.decoder.embed(np.array(prompt.after, np.int64)))
-        return prefix, logits, min(room, settings.max_new_tokens)
+        if settings.template not in self._prefixes:
+            shared = slide_prefix(self.decoder, prompt.before, self._projected)
+            kv = self.decoder.new_kv(shared.length)
+            self.decoder.extend([Chunk(kv, shared.embeds, logits=0)])
+            self._prefixes[settings.template] = self.decoder.freeze(kv)
+        limit = min(room, settings.max_new_tokens)
+        kv = self.decoder.new_kv(fixed + len(prompt.after) + limit, self._prefixes[settings.template])
+        return kv, self.decoder.prefill(kv, self.decoder.embed(np.array(prompt.after, np.int64))), limit
 
 
 class _Run:
@@ -144,8 +144,8 @@ class _Run:
 
     def __init__(self, answerer: Answerer, question: str, settings: GenerationSettings) -> None:
         self._decoder, self._sampler = answerer.decoder, Sampler(settings)
-        prefix, self._logits, self.limit = answerer.begin(question, settings)
-        self._kv, self._pending = prefix.kv, False
+        self._kv, self._logits, self.limit = answerer.begin(question, settings)
+        self._pending = False
         self.ids: list[int] = []
 
     def scores(self) -> NDArray[np.float32]:

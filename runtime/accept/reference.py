@@ -14,20 +14,15 @@ from numpy.typing import NDArray
 
 from wsi_rt.runtime.accept.report import Level, Section
 from wsi_rt.runtime.features import read_slide_tokens, read_tensor
+from wsi_rt.runtime.features.pooled import tile_count
+from wsi_rt.runtime.features.rounding import HALF_MEDIAN, HALF_WORST, ROUNDING, storage_of
 from wsi_rt.runtime.features.slide_tokens import MAX_TOKENS_BYTES
 from wsi_rt.runtime.features.stamp import maker_digest
 from wsi_rt.runtime.manifest import EngineManifest, Manifest
 from wsi_rt.runtime.parity import GATES, row_cosines, short
 from wsi_rt.runtime.pipeline import PUBLISHED_PADDED, PUBLISHED_WIDTH
-from wsi_rt.runtime.types import POOLED_TOKENS, TileFeatures
+from wsi_rt.runtime.types import TileFeatures
 
-# Half of the distance between neighbouring numbers, relative to them: what storing in a type may change.
-ROUNDING: Mapping[str, float] = {"fp32": 0.0, "fp16": 2.0**-11, "bf16": 2.0**-9}
-TELLING_TILES = POOLED_TOKENS // 2  # up to here, which tokens repeat tells how many tiles there were
-# Relative L2 error of a token that half-precision arithmetic explains: median, and worst. The synthetic slide encoder
-# (2 layers) under bf16 autocast comes to 1.2e-2 and 1.8e-2; 12 layers in fp16, as published, should stay below. The
-# smallest known difference there (no norm) starts at 0.17; a tile lost out of 1,500 at 0.27.
-HALF_MEDIAN, HALF_WORST = 3e-2, 6e-2
 # Errors of reduced precision are measured at the build, on one stored input. Other slides have larger ones: 1.7 times
 # is seen (int8 tile encoder, preset nano, a real slide).
 OTHER_SLIDES = 2
@@ -58,7 +53,7 @@ def read_reference(path: str | os.PathLike[str], manifest: Manifest) -> Referenc
     raw = read_tensor(path, max_bytes=MAX_TOKENS_BYTES)
     tokens = read_slide_tokens(path, {width, padded})
     return Reference(
-        tokens.tokens, raw.shape, str(raw.dtype), _storage(raw), width, tokens.provenance.digest, tile_count(raw)
+        tokens.tokens, raw.shape, str(raw.dtype), storage_of(raw), width, tokens.provenance.digest, tile_count(raw)
     )
 
 
@@ -70,31 +65,6 @@ def token_widths(manifest: Manifest) -> tuple[int, int]:
         return (padded if int(encoder.config["norm_width"]) == padded else int(encoder.config["width"])), padded
     padded = int(projector.config["widths"][0]) if projector is not None else PUBLISHED_PADDED
     return (PUBLISHED_WIDTH if padded == PUBLISHED_PADDED else padded), padded
-
-
-def _storage(raw: NDArray[Any]) -> str:
-    """The narrowest type that holds every value: a float32 file may have been through a narrower one."""
-    x = np.ascontiguousarray(raw, dtype=np.float32)
-    if not (x.view(np.uint32) & 0xFFFF).any():  # bf16 is the upper half of fp32
-        return "bf16"
-    with np.errstate(over="ignore"):
-        return "fp16" if np.array_equal(x.astype(np.float16).astype(np.float32), x) else "fp32"
-
-
-def tile_count(tokens: NDArray[Any]) -> int | None:
-    """How many tiles were pooled, from which neighbouring tokens are equal; None above 288 (SPEC 3, pooling)."""
-    rows = tokens.reshape(-1, tokens.shape[-1])
-    changes = (rows[1:] != rows[:-1]).any(axis=1)
-    for tiles in range(1, TELLING_TILES + 1):
-        if np.array_equal(changes, _changes(tiles)):
-            return tiles
-    return None
-
-
-def _changes(tiles: int) -> NDArray[np.bool_]:
-    i = np.arange(POOLED_TOKENS, dtype=np.int64)
-    start, end = i * tiles // POOLED_TOKENS, -(-(i + 1) * tiles // POOLED_TOKENS)  # bins of adaptive pooling
-    return (np.diff(start) != 0) | (np.diff(end) != 0)
 
 
 def examine(reference: Reference) -> Section:

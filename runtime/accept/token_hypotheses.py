@@ -18,6 +18,7 @@ from wsi_rt.runtime.accept.report import OnProgress
 from wsi_rt.runtime.encode import Encoded, encode_tokens
 from wsi_rt.runtime.engines.base import Engine
 from wsi_rt.runtime.errors import InputError
+from wsi_rt.runtime.features.order import ORDERS
 from wsi_rt.runtime.timing import Stopwatch
 from wsi_rt.runtime.types import TILE_PX, TileFeatures
 
@@ -45,21 +46,6 @@ class Facts:
     from_file: bool
     reference: Reference
     norm_width: int
-
-
-def _names_order(xy0: NDArray[np.int64]) -> NDArray[np.int64]:
-    """As sorting the file names `<x>_<y>` would: as text, without leading zeros."""
-    names = [f"{x}_{y}" for x, y in xy0.tolist()]
-    return np.array(sorted(range(len(names)), key=names.__getitem__), np.int64)
-
-
-ORDERS: dict[str, Callable[[NDArray[np.int64]], NDArray[np.int64]]] = {
-    "row-major": lambda xy0: np.lexsort((xy0[:, 0], xy0[:, 1])),
-    "column-major": lambda xy0: np.lexsort((xy0[:, 1], xy0[:, 0])),
-    "file": lambda xy0: np.arange(len(xy0)),
-    "reversed": lambda xy0: np.lexsort((xy0[:, 0], xy0[:, 1]))[::-1],
-    "names": _names_order,
-}
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from wsi_rt.runtime.accept.reference import (
-    ROUNDING,
-    TELLING_TILES,
     Agreement,
     Allowance,
     Closeness,
@@ -21,6 +19,8 @@ from wsi_rt.runtime.accept.token_hypotheses import Facts, Recipe, Tried, explain
 from wsi_rt.runtime.config import SlideSettings
 from wsi_rt.runtime.encode import Encoded, input_kind, load_tiles
 from wsi_rt.runtime.errors import InputError
+from wsi_rt.runtime.features.pooled import TELLING_TILES
+from wsi_rt.runtime.features.rounding import ROUNDING
 from wsi_rt.runtime.pipeline import Pipeline
 
 HALF = "as close as half-precision arithmetic comes and no closer: computed in fp16 or bf16, or a few tiles differ"

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from wsi_rt.runtime.commands.cache import CACHE, store_of
 from wsi_rt.runtime.commands.options import ENGINES, JSON, SLIDE, THREADS, require_place, show
 from wsi_rt.runtime.config import SlideSettings
 from wsi_rt.runtime.errors import InputError
@@ -25,11 +26,25 @@ from wsi_rt.runtime.progress import Progress
     required=True,
     help="Repeatable; .h5 gets tile features, .pt slide tokens.",
 )
+@click.option(
+    "--coords",
+    type=click.Path(path_type=Path),
+    help="Encode a slide's tiles at the coordinates of this .h5 of CLAM, TRIDENT or AtlasPatch.",
+)
 @SLIDE
+@CACHE
 @THREADS
 @JSON
 def encode(
-    source: Path, engines: Path, outs: tuple[Path, ...], threads: int | None, as_json: bool, **slide: Any
+    source: Path,
+    engines: Path,
+    outs: tuple[Path, ...],
+    coords: Path | None,
+    cache: Path | None,
+    no_cache: bool,
+    threads: int | None,
+    as_json: bool,
+    **slide: Any,
 ) -> None:
     """Encode a slide (or an .h5 of tile features) into files."""
     from wsi_rt.runtime.encode import input_kind
@@ -43,9 +58,16 @@ def encode(
         if out.suffix.lower() == ".h5" and input_kind(source) == "slide_tokens":
             raise InputError(f"{source} holds slide tokens: no tile features can be made from it for {out}")
         require_place(out)
-    with Pipeline.open(engines, threads) as pipeline, Progress() as progress:
-        wants_tokens = any(out.suffix.lower() == ".pt" for out in outs)
-        encoded = pipeline.encode(source, settings, tokens=wants_tokens, on_progress=progress.update)
+    wants_tokens, wants_features = (any(out.suffix.lower() == suffix for out in outs) for suffix in (".pt", ".h5"))
+    with Pipeline.open(engines, threads, store_of(cache, no_cache)) as pipeline, Progress() as progress:
+        encoded = pipeline.encode(
+            source,
+            settings,
+            tokens=wants_tokens,
+            features=wants_features,
+            coords=coords,
+            on_progress=progress.update,
+        )
     for out in outs:
         if out.suffix.lower() == ".pt" and encoded.tokens is not None:
             write_slide_tokens(out, encoded.tokens)
@@ -55,7 +77,8 @@ def encode(
     if as_json:
         timings = {k: round(v, 3) for k, v in encoded.timings_ms.items()}
         result = {"out": [str(o) for o in outs], "tiles": dict(encoded.tiles), "timings_ms": timings}
-        click.echo(json.dumps({**result, "notes": list(encoded.notes)}, indent=1))
+        failed = [{"index": f.index, "xy0": list(f.xy0), "reason": f.reason} for f in encoded.failures]
+        click.echo(json.dumps({**result, "failed_tiles": failed, "notes": list(encoded.notes)}, indent=1))
         return
     show(encoded.tiles, encoded.timings_ms, encoded.notes)
     for out in outs:

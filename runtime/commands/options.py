@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from wsi_rt.runtime.config import TARGET_MPP, SlideSettings
+from wsi_rt.runtime.config import BAD_TILE, TARGET_MPP, SlideSettings
 from wsi_rt.runtime.errors import InputError, MachineError
 
 Command = Callable[..., Any]
@@ -37,7 +37,8 @@ def _architectures(_context: click.Context, _option: click.Parameter, value: str
         raise click.BadParameter(f"{value!r} is no list of architectures such as 80,90") from e
 
 
-ENGINES = click.option("--engines", type=click.Path(path_type=Path), required=True, help="Engine bundle.")
+_FILE = click.Path(path_type=Path)
+ENGINES = click.option("--engines", type=_FILE, required=True, help="Engine bundle.")
 THREADS = click.option("--threads", type=int, help="CPU threads (default: the CPUs this process may use).")
 JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 SM = click.option("--sm", "sms", metavar="LIST", callback=_architectures, help="Only these architectures: 80,90.")
@@ -46,6 +47,18 @@ SLIDE = options(
     click.option("--target-mpp", type=float, default=TARGET_MPP, show_default=True, help="Working resolution, um/px."),
     click.option("--allow-upsample", is_flag=True, help="Accept a slide coarser than the target."),
     click.option("--allow-dark", is_flag=True, help="Accept a dark background: the bright side counts as tissue."),
+    click.option(
+        "--plain-otsu", is_flag=True, help="Tissue by Otsu's threshold alone: pen marks and black borders count too."
+    ),
+    click.option("--reader", metavar="NAME", help="Pin the slide reader (default: the first that knows the format)."),
+    click.option("--roi", type=_FILE, metavar="FILE.geojson", help="Tissue in these regions only (QuPath's GeoJSON)."),
+    click.option(
+        "--on-bad-tile",
+        default=BAD_TILE[0],
+        show_default=True,
+        metavar="|".join(BAD_TILE),
+        help="A tile that cannot be read twice: stop, leave it out, or take it as white.",
+    ),
     click.option(
         "--position-tile", type=int, help="Divisor of the position grid in level-0 px (GigaPath's code: 256)."
     ),

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from wsi_rt.runtime.errors import FeatureFileError
 from wsi_rt.runtime.features.stamp import STAMP, dump_stamp, load_stamp
 from wsi_rt.runtime.features.torch_file import parse_tensor, read_bounded, write_tensor
-from wsi_rt.runtime.types import POOLED_TOKENS, SlideTokens
+from wsi_rt.runtime.types import POOLED_TOKENS, Provenance, SlideTokens
 
 MAX_TOKENS_BYTES = 1 << 28  # [576, 1024] f32 takes 2.4 MB; the rest is room for a view into a larger storage
 _ENTRY = f"{STAMP}.json"
@@ -31,11 +31,15 @@ def read_slide_tokens(path: str | os.PathLike[str], widths: Collection[int] | No
     data = read_bounded(path, MAX_TOKENS_BYTES)
     array, stamp = parse_tensor(data, str(path), max_bytes=MAX_TOKENS_BYTES, extra=_ENTRY)
     tokens = _checked(array, str(path), widths)
-    digest = hashlib.sha256(data).hexdigest()
-    provenance, facts = load_stamp(stamp, digest=digest, otherwise="external slide tokens")
+    provenance, facts = stamped(data, stamp)
     distinct = facts.get("distinct")
     known = isinstance(distinct, int) and not isinstance(distinct, bool) and 1 <= distinct <= POOLED_TOKENS
     return SlideTokens(tokens, provenance, distinct if known else None)
+
+
+def stamped(data: bytes, entry: bytes | None) -> tuple[Provenance, dict[str, Any]]:
+    """(provenance, the stamp's other facts) of a torch file's bytes and its entry of ours."""
+    return load_stamp(entry, digest=hashlib.sha256(data).hexdigest(), otherwise="external slide tokens")
 
 
 def _checked(array: NDArray[Any], where: str, widths: Collection[int] | None) -> NDArray[np.float32]:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from numpy.typing import NDArray
 
 from wsi_rt.runtime.atomic import atomic_write
 from wsi_rt.runtime.errors import FeatureFileError
+from wsi_rt.runtime.features.order import sorted_rows
 from wsi_rt.runtime.features.stamp import STAMP, claimed_provenance, dump_stamp, load_stamp
-from wsi_rt.runtime.features.tile_h5 import CARRIED, read_raw
-from wsi_rt.runtime.types import TILE_PX, TileFeatures, TileGrid
+from wsi_rt.runtime.features.tile_h5 import CARRIED, ENCODER_ATTRIBUTES, RawTiles, read_raw
+from wsi_rt.runtime.types import TILE_PX, Provenance, TileFeatures, TileGrid
 
 MAX_FEATURE_BYTES = 8 << 30  # as float32: a million tiles (the whole 1000 x 1000 grid) of 1536 take 6.1 GB
 _MAX_XY0 = 1 << 31  # level-0 px; the largest slides are some 10^6 px wide
@@ -54,12 +56,14 @@ def read_tile_file(
     """`read_tile_features`, and what the file says of its slide, for `write_tile_features(attributes=...)`."""
     where = Path(path)
     raw = read_raw(where, max_bytes)
-    size0, notes = _patch_size(raw.attrs, patch_size_level0, where)
-    xy0 = _coordinates(raw.xy0, where)
+    size0, notes = patch_size_of(raw.attrs, patch_size_level0, where)
+    xy0 = checked_coordinates(raw.xy0, where)
     x = _finite(raw.x, xy0, where)
     provenance, facts = load_stamp(_text(raw.attrs.get(STAMP)), digest=raw.digest, otherwise=f"external {raw.layout}")
-    order = np.lexsort((xy0[:, 0], xy0[:, 1]))  # by y, then x; stable
-    moved = int((order != np.arange(len(order))).sum())
+    named = _encoder_name(raw, where) if not facts else ""
+    if named:
+        provenance = replace(provenance, settings={**provenance.settings, "encoder_name": named})
+    order, moved = sorted_rows(xy0)
     if sort and moved:
         x, xy0 = x[order], xy0[order]
         notes.append(f"sorted to row-major (y, x): {moved} of {len(order)} tiles changed place")
@@ -77,9 +81,18 @@ def read_tile_file(
     return TileFeatures(x, grid, provenance, tuple(notes)), carried
 
 
-def _patch_size(attrs: Mapping[str, Any], given: int | None, path: Path) -> tuple[int, list[str]]:
+def _encoder_name(raw: RawTiles, path: Path) -> str:
+    """What another tool calls the tile encoder: AtlasPatch its set of features, TRIDENT the folder of its files."""
+    told = [_text(raw.attrs.get(name)) for name in ENCODER_ATTRIBUTES]
+    folder = path.absolute().parent.name
+    told += [raw.set_name, folder.removeprefix("features_") if folder.startswith("features_") else ""]
+    texts = (t.decode("utf-8", "replace") if isinstance(t, bytes) else t for t in told if t)
+    return next(texts, "")[:100]
+
+
+def patch_size_of(attrs: Mapping[str, Any], given: int | None, path: Path) -> tuple[int, list[str]]:
     """(tile edge in level-0 px, notes). Never guessed: positions are coordinates divided by it."""
-    stored = _integer(attrs.get("patch_size_level0"))
+    stored = integer_attribute(attrs.get("patch_size_level0"))
     if given is not None:
         if isinstance(given, bool) or not isinstance(given, (int, np.integer)) or not 0 < given < _MAX_XY0:
             raise FeatureFileError(f"--patch-size-level0 is {given!r}, expected a positive number of level-0 px")
@@ -91,7 +104,7 @@ def _patch_size(attrs: Mapping[str, Any], given: int | None, path: Path) -> tupl
     what = "has no attribute patch_size_level0"
     if "patch_size_level0" in attrs:
         what = f"has patch_size_level0 {ascii(attrs['patch_size_level0'])[:40]}, expected a positive integer"
-    patch, factor = _integer(attrs.get("patch_size")), _integer(attrs.get("downsample"))
+    patch, factor = integer_attribute(attrs.get("patch_size")), integer_attribute(attrs.get("downsample"))
     hint = f" (patch_size {patch} x downsample {factor} suggests {patch * factor})" if patch and factor else ""
     raise FeatureFileError(
         f"{path} {what} (tile edge in level-0 px), needed for tile positions: "
@@ -99,7 +112,7 @@ def _patch_size(attrs: Mapping[str, Any], given: int | None, path: Path) -> tupl
     )
 
 
-def _integer(value: Any) -> int | None:
+def integer_attribute(value: Any) -> int | None:
     """An HDF5 attribute as an integer: a number, or an array of equal numbers (CLAM's downsample has one per axis)."""
     array = np.asarray(value).ravel()
     if array.dtype.kind not in "iuf" or array.size == 0 or (array != array[0]).any():
@@ -107,7 +120,7 @@ def _integer(value: Any) -> int | None:
     return int(array[0]) if np.isfinite(array[0]) and float(array[0]).is_integer() else None
 
 
-def _coordinates(xy: NDArray[Any], path: Path) -> NDArray[np.int64]:
+def checked_coordinates(xy: NDArray[Any], path: Path) -> NDArray[np.int64]:
     """[N, 2] int64; floats are taken when they are whole numbers."""
     good = (xy >= 0) & (xy < _MAX_XY0)
     if xy.dtype.kind == "f":
@@ -173,8 +186,47 @@ def write_tile_features(
     if features.x.size == 0:
         raise FeatureFileError(f"there are {len(grid)} tiles of {features.x.shape[1]} numbers to write to {where}")
     _finite(features.x, grid.xy0, where)
+    if attributes is None:
+        attributes = _trident(name, size0, target_magnification, level0_magnification, patch_size, overlap)
+    image = _image(grid, attributes, features.provenance, np.asarray(features.x, dtype=np.float32))
+    with atomic_write(where) as temporary:
+        temporary.write_bytes(image.getbuffer())
+
+
+def write_tile_grid(
+    path: str | os.PathLike[str],
+    grid: TileGrid,
+    *,
+    name: str = "",
+    size0: tuple[int, int] | None = None,
+    target_magnification: float | None = None,
+    level0_magnification: float | None = None,
+    patch_size: int = TILE_PX,
+    overlap: int = 0,
+) -> None:
+    """Write tiles without features as TRIDENT's patches file does: `coords` [N, 2] int64 and the attributes of
+    `write_tile_features`. `coords.read_coords` reads it. Atomic; same input, same bytes.
+
+    Raises: FeatureFileError (no tiles), MachineError, InputError (disk).
+    """
+    if len(grid) == 0:
+        raise FeatureFileError(f"there are no tiles to write to {path}")
+    attributes = _trident(name, size0, target_magnification, level0_magnification, patch_size, overlap)
+    image = _image(grid, attributes, grid.provenance, None)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(image.getbuffer())
+
+
+def _trident(
+    name: str,
+    size0: tuple[int, int] | None,
+    target_magnification: float | None,
+    level0_magnification: float | None,
+    patch_size: int,
+    overlap: int,
+) -> dict[str, Any]:
     width, height = size0 if size0 is not None else (None, None)
-    known = {
+    return {
         "patch_size": patch_size,
         "overlap": overlap,
         "target_magnification": target_magnification,
@@ -183,25 +235,24 @@ def write_tile_features(
         "level0_height": height,
         "name": name or None,
     }
-    told = known if attributes is None else attributes
-    told = {"patch_size_level0": grid.patch_size_level0, **{k: v for k, v in told.items() if v is not None}}
-    image = _image(features, told)
-    with atomic_write(where) as temporary:
-        temporary.write_bytes(image.getbuffer())
 
 
-def _image(features: TileFeatures, attributes: Mapping[str, Any]) -> io.BytesIO:
+def _image(
+    grid: TileGrid, attributes: Mapping[str, Any], made_by: Provenance, x: NDArray[np.float32] | None
+) -> io.BytesIO:
     """The bytes of the file. In memory, since h5py 3.16 can die of SIGSEGV when a chunked file meets a full disk
     (seen with RLIMIT_FSIZE, tests/runtime/features/test_atomic.py)."""
     import h5py
 
-    x, grid, image = np.asarray(features.x, dtype=np.float32), features.grid, io.BytesIO()
+    image, rows = io.BytesIO(), len(grid)
     tiler = json.loads(dump_stamp(grid.provenance))
-    stamp = dump_stamp(features.provenance, order=grid.order, cells=grid.cells, grid=tiler)
+    stamp = dump_stamp(made_by, order=grid.order, cells=grid.cells, grid=tiler)
+    told = {"patch_size_level0": grid.patch_size_level0, **{k: v for k, v in attributes.items() if v is not None}}
     with h5py.File(image, "w") as root:
         root.attrs[STAMP] = stamp.decode("ascii")
         # Fletcher-32 sums (built into HDF5, so any reader has them) go with chunks: damage is seen on reading.
-        root.create_dataset("features", data=x, chunks=(min(len(x), _CHUNK), x.shape[1]), fletcher32=True)
-        coords = root.create_dataset("coords", data=grid.xy0, chunks=(min(len(x), _BLOCK), 2), fletcher32=True)
-        coords.attrs.update(attributes)
+        if x is not None:
+            root.create_dataset("features", data=x, chunks=(min(rows, _CHUNK), x.shape[1]), fletcher32=True)
+        coords = root.create_dataset("coords", data=grid.xy0, chunks=(min(rows, _BLOCK), 2), fletcher32=True)
+        coords.attrs.update(told)
     return image

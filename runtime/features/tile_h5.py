@@ -11,10 +11,10 @@ import hashlib
 import math
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from numpy.typing import NDArray
 
@@ -31,19 +31,29 @@ CARRIED = (  # what TRIDENT and CLAM say of a slide and its tiles, beside patch_
     *("patch_size", "overlap", "target_magnification", "level0_magnification", "level0_width", "level0_height"),
     *("patch_level", "downsample", "name"),
 )
-_ATTRIBUTES = ("patch_size_level0", *CARRIED, STAMP)
+# Where tools say which tile encoder made features; written by none of ours.
+ENCODER_ATTRIBUTES = ("encoder", "encoder_name", "patch_encoder", "feature_extractor")
+_ATTRIBUTES = ("patch_size_level0", *CARRIED, *ENCODER_ATTRIBUTES, STAMP)
+_Read = TypeVar("_Read")
 
 
 @dataclass(frozen=True)
-class RawTiles:
-    """x: [N, D] float as stored; xy0: [N, 2] number as stored; attrs: those of _ATTRIBUTES that features, file or
-    coords carry (the last one wins)."""
+class RawCoords:
+    """xy0: [N, 2] number as stored; attrs: those of _ATTRIBUTES that features, file or coords carry (the last one
+    wins); layout: trident, clam or atlaspatch."""
 
-    x: NDArray[Any]
     xy0: NDArray[Any]
     attrs: Mapping[str, Any]
     layout: str
     digest: str
+
+
+@dataclass(frozen=True)
+class RawTiles(RawCoords):
+    """x: [N, D] float as stored; set_name: what AtlasPatch calls this set of features, else ""."""
+
+    x: NDArray[Any]
+    set_name: str = ""
 
 
 def read_raw(path: Path, max_bytes: int) -> RawTiles:
@@ -52,6 +62,25 @@ def read_raw(path: Path, max_bytes: int) -> RawTiles:
     Raises: FeatureFileError when the file is missing, damaged, of no known layout, without features or coordinates,
     or declares more than `max_bytes` of features as float32.
     """
+    return _open(path, lambda root, digest: _read_root(root, path, digest, max_bytes))
+
+
+def read_raw_coords(path: Path) -> RawCoords:
+    """The coordinates of any of these files, with or without features. Raises: FeatureFileError."""
+    return _open(path, lambda root, digest: _read_coords(root, path, digest))
+
+
+def read_raw_any(path: Path, max_bytes: int) -> RawCoords:
+    """RawTiles where there are features, else RawCoords. Raises: FeatureFileError."""
+
+    def read(root: h5py.File, digest: str) -> RawCoords:
+        bare = "coords" in root and _features(root, path)[0] is None
+        return _read_coords(root, path, digest) if bare else _read_root(root, path, digest, max_bytes)
+
+    return _open(path, read)
+
+
+def _open(path: Path, read: Callable[[h5py.File, str], _Read]) -> _Read:
     import h5py
 
     try:
@@ -59,7 +88,7 @@ def read_raw(path: Path, max_bytes: int) -> RawTiles:
         with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb") as file:
             digest = _digest(file, path)
             with h5py.File(file, "r") as root:
-                return _read_root(root, path, digest, max_bytes)
+                return read(root, digest)
     except FileNotFoundError as error:
         raise FeatureFileError(f"cannot read {path} (no such file): check the path") from error
     except PermissionError as error:
@@ -84,31 +113,52 @@ def _digest(file: BinaryIO, path: Path) -> str:
     return sha.hexdigest()
 
 
+def _read_coords(root: h5py.File, path: Path, digest: str) -> RawCoords:
+    coords = _dataset(root, "coords", path)
+    if coords is None:
+        raise FeatureFileError(
+            f"{path} holds no 'coords', expected tile coordinates [N, 2]: segment the slide with TRIDENT, CLAM or "
+            "AtlasPatch, or with `wsi-rt tile SLIDE --out DIR`"
+        )
+    attrs, shape = {**_attributes(root), **_attributes(coords)}, _checked_coords(coords, path)
+    clam = "patch_level" in attrs and "patch_size_level0" not in attrs
+    layout = "atlaspatch" if shape[1] == 5 else "clam" if clam else "trident"
+    return RawCoords(coords[...].reshape(shape)[:, :2], attrs, layout, digest)
+
+
+def _checked_coords(coords: h5py.Dataset, path: Path) -> tuple[int, ...]:
+    shape = _squeezed(coords.shape)
+    if len(shape) != 2 or shape[1] not in (2, 5) or coords.dtype.kind not in "iuf":
+        raise FeatureFileError(f"{path}: coords are {_described(coords)}, expected integers [N, 2] or [N, 5]")
+    if shape[0] == 0:
+        raise FeatureFileError(f"{path} holds 0 tiles, expected at least one: check the tissue detection of that slide")
+    return shape
+
+
 def _read_root(root: h5py.File, path: Path, digest: str, max_bytes: int) -> RawTiles:
     coords = _dataset(root, "coords", path)
-    features, layout = _features(root, path)
+    features, layout, set_name = _features(root, path)
     if features is None:
         count = "no tiles" if coords is None else f"coordinates of {coords.shape[0] if coords.shape else 0} tiles"
         raise FeatureFileError(
-            f"{path} holds {count} but no features, expected 'features' [N, D] and 'coords' [N, 2]: "
-            "run `wsi-rt encode SLIDE --engines DIR --out tiles.h5`, or extract features for it with TRIDENT or CLAM"
+            f"{path} holds {count} but no features, expected 'features' [N, D] and 'coords' [N, 2]: encode its slide "
+            f"at these coordinates with `wsi-rt encode SLIDE --engines DIR --coords FILE --out tiles.h5`, or extract "
+            "features for it with TRIDENT or CLAM"
         )
     if coords is None:
         raise FeatureFileError(
             f"{path} holds features but no 'coords' [N, 2], which the slide encoder needs: "
             "run `wsi-rt encode SLIDE --engines DIR --out tiles.h5`"
         )
-    x_shape, xy_shape = _squeezed(features.shape), _squeezed(coords.shape)
+    x_shape = _squeezed(features.shape)
     if len(x_shape) != 2 or features.dtype.kind != "f" or x_shape[1] == 0:
         raise FeatureFileError(f"{path}: features are {_described(features)}, expected float [N, D] or [1, N, D]")
-    if len(xy_shape) != 2 or xy_shape[1] not in (2, 5) or coords.dtype.kind not in "iuf":
-        raise FeatureFileError(f"{path}: coords are {_described(coords)}, expected integers [N, 2] or [N, 5]")
-    if x_shape[0] != xy_shape[0]:
+    xy_shape = _squeezed(coords.shape)
+    if len(xy_shape) == 2 and x_shape[0] != xy_shape[0]:
         raise FeatureFileError(
             f"{path} holds {x_shape[0]} features for {xy_shape[0]} coordinates, expected one each: extract them again"
         )
-    if x_shape[0] == 0:
-        raise FeatureFileError(f"{path} holds 0 tiles, expected at least one: check the tissue detection of that slide")
+    xy_shape = _checked_coords(coords, path)
     size_bytes = math.prod(x_shape) * 4
     if size_bytes > max_bytes:
         raise FeatureFileError(
@@ -116,22 +166,22 @@ def _read_root(root: h5py.File, path: Path, digest: str, max_bytes: int) -> RawT
         )
     attrs = {**_attributes(features), **_attributes(root), **_attributes(coords)}
     xy0 = coords[...].reshape(xy_shape)[:, :2]
-    return RawTiles(features[...].reshape(x_shape), xy0, attrs, layout, digest)
+    return RawTiles(xy0, attrs, layout, digest, features[...].reshape(x_shape), set_name)
 
 
-def _features(root: h5py.File, path: Path) -> tuple[h5py.Dataset | None, str]:
-    """The one set of features, and the name of the layout."""
+def _features(root: h5py.File, path: Path) -> tuple[h5py.Dataset | None, str, str]:
+    """The one set of features, the name of the layout, and of the set."""
     import h5py
 
     if not isinstance(_local(root, "features", path), h5py.Group):
-        return _dataset(root, "features", path), "trident"
+        return _dataset(root, "features", path), "trident", ""
     names = sorted(root["features"])
     if len(names) > 1:
         raise FeatureFileError(
             f"{path} holds {len(names)} feature sets {names[:8]}, expected one: "
             "run atlaspatch with one --feature-extractors, or copy that set to a file of its own"
         )
-    return (_dataset(root["features"], names[0], path) if names else None), "atlaspatch"
+    return (_dataset(root["features"], names[0], path) if names else None), "atlaspatch", "".join(names)
 
 
 def _local(group: h5py.Group, name: str, path: Path) -> Any:

@@ -1,33 +1,54 @@
-"""The part of a prompt that every question on a slide shares: text before the slide, and the slide."""
+"""The part of a prompt that every question on a slide shares: text before the slide, and the slide.
+
+A SlidePrefix says what it is; its keys and values are in a PrefixStore (prefix_store.py), which may lose them: they can
+be computed again from it at any time.
+"""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi_rt.runtime.llm.decoder import KV, Decoder
+from wsi_rt.runtime.hashing import sha256_json
+from wsi_rt.runtime.llm.decoder import Decoder
+
+F32 = NDArray[np.float32]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SlidePrefix:
-    """A KV whose first `length` tokens are `before` and the projected slide tokens.
+    """key: SHA-256 of `made_of`, equal for equal keys and values. embeds: [P, hidden] f32, the text's tokens and the
+    slide's `slide_tokens`. made_of: digests and settings, no text and no path."""
 
-    `key` tells what it was computed from. Rewind the KV to `length` before the next question.
-    """
-
-    kv: KV
-    length: int
-    slide_tokens: int
     key: str
+    embeds: F32
+    slide_tokens: int
+    made_of: Mapping[str, Any]
+
+    @property
+    def length(self) -> int:
+        return int(self.embeds.shape[0])
 
 
-def prefill_prefix(
-    decoder: Decoder, before: tuple[int, ...], projected: NDArray[np.float32], capacity: int, key: str
+def slide_prefix(
+    decoder: Decoder, before: tuple[int, ...], projected: F32, model: Mapping[str, Any] | None = None
 ) -> SlidePrefix:
-    """Compute the prefix once. projected: [576, hidden] f32; capacity: tokens the KV must have room for."""
+    """before: token ids up to the slide; projected: [576, hidden] f32; model: what tells this language model from
+    others (weights, precision, decoder), without which the key holds within one process only."""
+    made_of = {
+        "slide": digest(projected),
+        "before": hashlib.sha256(repr(tuple(before)).encode()).hexdigest(),
+        "model": dict(model or {}),
+    }
     embeds = np.concatenate([decoder.embed(np.array(before, np.int64)), projected])
-    kv = decoder.new_kv(capacity)
-    decoder.prefill(kv, embeds)
-    return SlidePrefix(kv, len(embeds), len(projected), key)
+    return SlidePrefix(sha256_json(made_of), embeds, len(projected), made_of)
+
+
+def digest(x: F32) -> str:
+    """SHA-256 of an array's shape and numbers."""
+    return hashlib.sha256(repr(x.shape).encode() + np.ascontiguousarray(x, "<f4").tobytes()).hexdigest()

@@ -59,6 +59,22 @@ def text_before(template: str) -> str:
 def text_after(question: str) -> str:
     """The text from the slide to the answer.
 
+    InputError: as `checked`.
+    """
+    return f"\n{checked(question)} ASSISTANT:"
+
+
+def text_next_turn(question: str) -> str:
+    """The text after an assistant's turn, which ended with EOS, up to the next answer (separator style "two").
+
+    InputError: as `checked`.
+    """
+    return f"USER: {checked(question)} ASSISTANT:"
+
+
+def checked(question: str) -> str:
+    """The question as it is.
+
     InputError: a question that is blank, holds `<image>` (a second slide position), or is not valid Unicode.
     """
     if not question.strip():
@@ -75,7 +91,7 @@ def text_after(question: str) -> str:
             f"the question has an undecodable character at position {exc.start}, expected UTF-8 text; "
             "re-encode the question as UTF-8"
         ) from exc
-    return f"\n{question} ASSISTANT:"
+    return question
 
 
 def split_prompt(template: str, question: str) -> tuple[str, str]:

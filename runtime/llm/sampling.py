@@ -8,6 +8,7 @@ generates from embeddings. Each function works on float32 [vocab] and returns fl
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,29 @@ from wsi_rt.runtime.config import GenerationSettings
 from wsi_rt.runtime.errors import WsiRtError
 
 Logits = NDArray[np.float32]
+
+
+class Constraint(Protocol):
+    """What an answer must follow, token by token (grammar.py)."""
+
+    @property
+    def complete(self) -> bool:
+        """The answer so far may stand as it is."""
+
+    def allowed(self, vocab_size: int) -> NDArray[np.bool_]:
+        """[vocab]: which tokens may come next."""
+
+    def accept(self, token: int) -> None: ...
+
+
+def require_finite(logits: Logits, when: str) -> None:
+    """WsiRtError: logits (any shape) that hold NaN or +inf. `when`: "at step 3"."""
+    bad = np.isnan(logits) | np.isposinf(logits)
+    if bad.any():
+        raise WsiRtError(
+            f"the language model returned {int(bad.sum())} NaN or infinite logits of {logits.size} {when}, "
+            "expected finite numbers; check the engine with `wsi-rt verify` or build it with --precision llm=fp32"
+        )
 
 
 def _softmax(scores: Logits) -> Logits:
@@ -105,16 +129,24 @@ class Sampler:
     wsi-rt; it is not torch's stream. The token is found by inverting the cumulative distribution (float64, id order).
     """
 
-    def __init__(self, settings: GenerationSettings, stream: int = 0) -> None:
+    def __init__(self, settings: GenerationSettings, stream: int = 0, constraint: Constraint | None = None) -> None:
         """`stream` (0 <= stream < 2^64) tells apart requests that share a seed and should differ."""
         self.settings = settings
+        self._constraint = constraint
         self.stream = stream
         self.generated: list[int] = []
         size = settings.no_repeat_ngram_size
         self._ngrams = NgramIndex(size) if size > 0 else None
 
+    @property
+    def complete(self) -> bool:
+        """Nothing is missing from the answer by its constraint."""
+        return self._constraint is None or self._constraint.complete
+
     def accept(self, token: int) -> None:
         """Add a token to the history the penalties see (sample() does it itself; this is for replay)."""
+        if self._constraint is not None:
+            self._constraint.accept(token)
         self.generated.append(token)
         if self._ngrams is not None:
             self._ngrams.append(token)
@@ -123,6 +155,8 @@ class Sampler:
         """logits [vocab] -> scores [vocab] float32 after every processor that is on. Changes nothing."""
         cfg = self.settings
         scores = np.asarray(logits, dtype=np.float32)
+        if self._constraint is not None:  # first or last, -inf is -inf: none of the processors raises it
+            scores = np.where(self._constraint.allowed(scores.shape[0]), scores, np.float32(-np.inf))
         if cfg.repetition_penalty != 1.0:
             scores = repetition_penalty(scores, self.generated, cfg.repetition_penalty)
         if self._ngrams is not None:
@@ -144,18 +178,14 @@ class Sampler:
         step = len(self.generated)
         if logits.ndim != 1:
             raise ValueError(f"logits are {list(logits.shape)}, expected [vocab]")
-        bad = np.flatnonzero(np.isnan(logits) | np.isposinf(logits))
-        if bad.size:
-            raise WsiRtError(
-                f"the language model returned {bad.size} NaN or infinite logits of {logits.shape[0]} at step {step}, "
-                "expected finite numbers; check the engine with `wsi-rt verify` or build it with --precision llm=fp32"
-            )
+        require_finite(logits, f"at step {step}")
         with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
             scores = self.process(logits)
         best = scores.max()
         if best == -np.inf:
+            either = " or do without --json-schema" if self._constraint is not None else ""
             raise WsiRtError(
-                f"every token is excluded at step {step}, expected at least one; raise --no-repeat-ngram-size"
+                f"every token is excluded at step {step}, expected at least one; raise --no-repeat-ngram-size{either}"
             )
         if not np.isfinite(best):
             raise WsiRtError(

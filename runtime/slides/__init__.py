@@ -9,23 +9,34 @@
 OpenSlide and Pillow are imported when a slide is opened, not with this package.
 """
 
+from wsi_rt.runtime.slides.cohort import FailedSlide, SlideBatch, iter_slide_batches
 from wsi_rt.runtime.slides.grid import ReadPlan, plan_reads
-from wsi_rt.runtime.slides.reader import Level, SlideReader, open_slide
+from wsi_rt.runtime.slides.open import READER_NAMES, open_slide
+from wsi_rt.runtime.slides.reader import Level, SlideReader
+from wsi_rt.runtime.slides.regions import Regions, read_regions
 from wsi_rt.runtime.slides.synth import write_synth_slide
 from wsi_rt.runtime.slides.tiles import iter_tiles, read_tile
-from wsi_rt.runtime.slides.tissue import TissueMask, find_tissue, otsu_threshold, select_tiles
+from wsi_rt.runtime.slides.tissue import TissueMask, find_tissue, otsu_threshold
+from wsi_rt.runtime.slides.tissue_tiles import select_tiles, selection_notes
 
 __all__ = [
+    "READER_NAMES",
+    "FailedSlide",
     "Level",
     "ReadPlan",
+    "Regions",
+    "SlideBatch",
     "SlideReader",
     "TissueMask",
     "find_tissue",
+    "iter_slide_batches",
     "iter_tiles",
     "open_slide",
     "otsu_threshold",
     "plan_reads",
+    "read_regions",
     "read_tile",
     "select_tiles",
+    "selection_notes",
     "write_synth_slide",
 ]

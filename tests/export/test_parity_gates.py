@@ -128,8 +128,8 @@ def test_a_damaged_engine_is_refused(tmp_path, monkeypatch, changed, precision, 
     assert any(not np.array_equal(whole.get(n), x) for n, x in tensors.items())
     honest = component.open_component
 
-    def damaged(part, folder, precision):
-        return replace(honest(part, folder, precision), source=changed(whole, tensors))
+    def damaged(*args):
+        return replace(honest(*args), source=changed(whole, tensors))
 
     def against_whole(opened, *args):
         return hold_against_reference(replace(opened, source=whole), *args)

@@ -98,7 +98,7 @@ def write_tiff(path: Path, value: int, **options: Any) -> Path:
         ("ezwsi_multiframe_camelyon.dcm", "--target-mpp 28.97, or enlarge it with --allow-upsample"),
         ("ospy_small.svs", "no tissue"),
         ("slideio_test3-DAPI-2-387.ndpi", "background is dark"),
-        ("", "is a folder"),
+        ("", "holds 2 slides (DICOM series), expected one"),
         ("missing.svs", "no such file"),
     ],
 )
@@ -266,7 +266,8 @@ def test_synth_slide_flags(refused: Run, here: Path) -> None:
     refused(2, "there is no folder nowhere", "synth-slide", "--out", "nowhere/x.svs")
     refused(2, "no regular file", "synth-slide", "--out", here)
     refused(2, "'--seed': -1", "synth-slide", "--out", "x.svs", "--seed", "-1")
-    refused(2, "compression is 'lzw'", "synth-slide", "--out", "x.svs", "--compression", "lzw")
+    refused(2, "codec is 'webp'", "synth-slide", "--out", "x.svs", "--codec", "webp")
+    refused(2, "'1,x' is no list of downsamples", "synth-slide", "--out", "x.svs", "--levels", "1,x")
     refused(2, "tissue is 2.0", "synth-slide", "--out", "x.svs", "--tissue", "2")
 
 
@@ -342,7 +343,7 @@ def test_a_full_disk(wsi_rt_process: Run, here: Path, nano_bundle: Path, tokens_
     arguments = {
         "build-engines": ("--checkpoint", "synthetic:nano", "--components", "slide_encoder", "--out", "bundle"),
         "encode": (tokens_file, "--engines", nano_bundle, "--out", "x.pt"),
-        "synth-slide": ("--out", "x.svs", "--compression", "none"),
+        "synth-slide": ("--out", "x.svs", "--codec", "raw"),
     }[command]
     result = wsi_rt_process(command, *arguments, preexec_fn=limit_file_size)
     assert (result.code, result.out) == (3, "")
@@ -665,7 +666,7 @@ def test_encode_then_ask(wsi_rt: Run, nano_bundle: Path, slide: Path, here: Path
     again = wsi_rt("encode", "a.h5", "--engines", nano_bundle, "--out", "b.PT", "--json")
     assert (again.code, again.err) == (0, "")
     report = json.loads(again.out)
-    assert set(report) == {"out", "tiles", "timings_ms", "notes"}
+    assert set(report) == {"out", "tiles", "failed_tiles", "timings_ms", "notes"}
     assert report["out"] == ["b.PT"]
     answers = [
         json.loads(wsi_rt("ask", source, QUESTION, "--engines", nano_bundle, "--json", *SHORT).out)["token_ids"]

@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 import pytest
 
-from wsi_rt.runtime import GenerationSettings, Pipeline, SlideSettings, encode
+from wsi_rt.runtime import GenerationSettings, Pipeline, SlideSettings, encode, encode_slide
 from wsi_rt.runtime.encode import Encoded
 from wsi_rt.runtime.errors import FeatureFileError, InputError, WsiRtError
 from wsi_rt.runtime.features import read_slide_tokens, write_slide_tokens, write_tile_features
@@ -131,11 +131,11 @@ def test_half_of_the_threads_read(
 ) -> None:
     seen: list[int] = []
 
-    def counted(*arguments: Any, threads: int) -> Iterator[Any]:
+    def counted(*arguments: Any, threads: int, **options: Any) -> Iterator[Any]:
         seen.append(threads)
-        return iter_tiles(*arguments, threads=threads)
+        return iter_tiles(*arguments, threads=threads, **options)
 
-    monkeypatch.setattr(encode, "iter_tiles", counted)
+    monkeypatch.setattr(encode_slide, "iter_tiles", counted)
     with Pipeline.open(nano_bundle, threads=threads) as pipeline:
         pipeline.encode(slide, tokens=False)
     assert seen == [readers]
@@ -263,8 +263,9 @@ def test_a_region_read_again_is_told(pipeline: Pipeline, slide: Path, monkeypatc
         return read(self, *arguments)
 
     monkeypatch.setattr(openslide.OpenSlide, "read_region", fails_once)
-    assert "1 region was read again after an error" in pipeline.encode(slide, tokens=False).notes
-    assert not [n for n in pipeline.encode(slide, tokens=False).notes if "again" in n]
+    settings = SlideSettings(reader="openslide")
+    assert "1 region was read again after an error" in pipeline.encode(slide, settings, tokens=False).notes
+    assert not [n for n in pipeline.encode(slide, settings, tokens=False).notes if "again" in n]
 
 
 @pytest.mark.parametrize(("precision", "advised"), [("fp32", False), ("int8", True)])

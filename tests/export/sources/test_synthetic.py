@@ -18,6 +18,7 @@ from wsi_rt.runtime.errors import CheckpointError
 # here changes every synthetic checkpoint: bump the "wsi-rt synthetic 1" of SyntheticSource.digest with it.
 DIGESTS = {
     "nano": "65d76e97d8b7ac1119e787a96bd8a9dcbee650742878f4598db8a3a07139d8f4",
+    "wsi-llava-1b": "8d7d4faf50f7f7e8b513c436633d9729ad9096b767ce6900142822f6f36ba09e",
     "wsi-llava-7b": "6d1c3e010580aefdd2fa49938091881bcf85e1a27734fcddf3b6b7af38807265",
 }
 
@@ -91,7 +92,9 @@ def test_seeds_and_names_differ():
     assert len(set(draws)) == 6
 
 
-@pytest.mark.parametrize("preset", ["nano", pytest.param("wsi-llava-7b", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "preset", ["nano", *(pytest.param(p, marks=pytest.mark.slow) for p in sorted(PRESETS) if p != "nano")]
+)
 def test_preset_bytes_are_pinned(preset):
     """A preset is pinned here when it is made: all of the small one, one layer of each kind of the published size."""
     assert set(DIGESTS) == set(PRESETS)

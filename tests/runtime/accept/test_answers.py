@@ -181,14 +181,14 @@ def test_a_tie_goes_on_along_the_reference(
 
 def greedy(answerer: Answerer, settings: GenerationSettings, ranks: dict[int, int]) -> tuple[list[int], list[float]]:
     """16 tokens straight from the decoder, the best one, or that of another rank at some steps; and top-2 margins."""
-    prefix, logits, _ = answerer.begin(QUESTIONS[0], settings)
+    kv, logits, _ = answerer.begin(QUESTIONS[0], settings)
     ids: list[int] = []
     margins: list[float] = []
     for step in range(settings.max_new_tokens):
         order = np.argsort(-logits)
         margins.append(float(logits[order[0]] - logits[order[1]]))
         ids.append(int(order[ranks.get(step, 0)]))
-        logits = answerer.decoder.step([prefix.kv], np.array(ids[-1:], np.int64))[0]
+        logits = answerer.decoder.step([kv], np.array(ids[-1:], np.int64))[0]
     return ids, margins
 
 

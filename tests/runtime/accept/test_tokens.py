@@ -197,13 +197,13 @@ def test_another_tile_set_is_told_by_its_size(judge: Run, encode: Run, theirs: i
 def test_a_slide_is_encoded_once(
     wsi_rt: Run, nano_bundle: Path, synth_slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from wsi_rt.runtime import pipeline as module
+    from wsi_rt.runtime import stored as module
 
     flags = ("--engines", nano_bundle, "--threads", 1)
     assert wsi_rt("encode", synth_slide, *flags, "--out", tmp_path / "a.pt", "--position-tile", 300).code == 0
     runs = []
-    encode_tiles = module.encode_tiles
-    monkeypatch.setattr(module, "encode_tiles", lambda *a: runs.append(a[0]) or encode_tiles(*a))
+    encode_chosen = module.encode_chosen
+    monkeypatch.setattr(module, "encode_chosen", lambda *a: runs.append(a[0]) or encode_chosen(*a))
     compare = ("accept", "--features", tmp_path / "a.pt", "--slide", synth_slide, *flags)
     result = wsi_rt(*compare)
     assert (result.code, len(runs)) == (5, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,8 @@ from wsi_rt.runtime.slides import (
     write_synth_slide,
 )
 from wsi_rt.runtime.slides.grid import ReadPlan
-from wsi_rt.runtime.slides.tiff import PyramidWriter
+from wsi_rt.runtime.slides.synth import SlideSpec
+from wsi_rt.runtime.slides.synth.tiff import PyramidWriter
 from wsi_rt.runtime.types import TileGrid
 
 Make = Callable[..., SlideReader]
@@ -115,7 +117,7 @@ def test_resampled_tile_lies_where_it_should(tmp_path: Path, mpp: float, widths:
     path = tmp_path / "ramp.svs"
     sizes = [(width, width * 1040 // 2600) for width in widths]  # the same ratio in x and y
     with path.open("wb") as file:
-        writer = PyramidWriter(file, sizes, 512, "none", f"Aperio |AppMag = 40|MPP = {mpp}")
+        writer = PyramidWriter(file, SlideSpec(tile=512, codec="raw"), f"Aperio |AppMag = 40|MPP = {mpp}", sizes=sizes)
         for level, width in enumerate(widths):
             for col in range(-(-width // 512)):
                 centres = (col * 512 + np.arange(512) + 0.5) * 2600 / width
@@ -187,15 +189,73 @@ def test_threads_end_with_the_last_tile(synth: Path, reader_threads: Threads) ->
     assert reader_threads() == []
 
 
-def test_read_ahead_is_bounded(array_slide: Make) -> None:
-    reader = array_slide(np.zeros((256 * 12, 256 * 12, 3), np.uint8))
+@pytest.mark.parametrize(("batch_size", "ahead"), [(4, 64), (48, 96), (60, 120), (64, 64), (70, 70)])
+def test_read_ahead_is_bounded(array_slide: Make, batch_size: int, ahead: int) -> None:
+    """64 tiles, in whole batches, at least one."""
+    reader = array_slide(np.zeros((256 * 16, 256 * 16, 3), np.uint8))
     plan = plan_reads(reader, SlideSettings())
-    batches = iter_tiles(reader, whole_grid(plan), plan, 4, threads=2)
-    assert reader.reads == 0
-    next(batches)
-    time.sleep(0.3)  # time enough to read all 144, if nothing held it back
-    assert 4 <= reader.reads <= 4 + 4 + 2 * 2
-    batches.close()
+    with closing(iter_tiles(reader, whole_grid(plan), plan, batch_size, threads=2)) as batches:
+        assert reader.reads == 0
+        next(batches)
+        for _ in range(40):
+            time.sleep(0.05)
+            if reader.reads >= batch_size + ahead:
+                break
+        time.sleep(0.3)  # time enough to read all 256, if nothing held it back
+        assert reader.reads == batch_size + ahead
+
+
+def test_a_batch_keeps_its_pixels_while_anything_of_it_is_held(array_slide: Make) -> None:
+    """Batches' memory serves again; each tile here has a grey level of its own."""
+    levels = np.repeat(np.repeat(np.arange(100, dtype=np.uint8).reshape(10, 10), 256, axis=0), 256, axis=1)
+    reader = array_slide(np.repeat(levels[..., None], 3, axis=2))
+    plan = plan_reads(reader, SlideSettings())
+    held: list[tuple[int, np.ndarray]] = []
+    memories = set()
+    for number, batch in enumerate(iter_tiles(reader, whole_grid(plan), plan, 4, threads=2)):
+        memories.add(batch.pixels.ctypes.data)
+        assert (batch.pixels[:, 100, 100, 0] == batch.index).all()
+        if number % 5 == 0:
+            held.append((int(batch.index[1]), batch.pixels[1][5:9]))  # a view of a view
+    assert [(view == index).all() for index, view in held] == [True] * 5
+    assert len(memories) <= 5 + 18  # those held, the one handed out, 16 ahead, and one being begun
+
+
+def test_failures_are_told_and_white(tmp_path: Path) -> None:
+    path = write_synth_slide(tmp_path / "bad.svs", width=1024, height=512, levels=(1,), tissue=0.6)
+    with open_slide(path) as reader:
+        plan = plan_reads(reader, SlideSettings())
+        sound = [batch.pixels for batch in iter_tiles(reader, whole_grid(plan), plan, 3)]
+    with tifffile.TiffFile(path) as tiff:
+        offset, count = tiff.pages[0].dataoffsets[5], tiff.pages[0].databytecounts[5]
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(bytes(count))
+    with open_slide(path) as reader:
+        batches = list(iter_tiles(reader, whole_grid(plan), plan, 3, raise_bad=False))
+    assert [len(batch.failures) for batch in batches] == [0, 1, 0]
+    (failure,) = batches[1].failures
+    assert (failure.index, failure.xy0) == (5, (256, 256))
+    assert "bad.svs: 256 x 256 px at level 0, level-0 position (256, 256) cannot be read" in failure.reason
+    for number, batch in enumerate(batches):
+        expected = sound[number].copy()
+        if number == 1:
+            expected[2] = 255
+        np.testing.assert_array_equal(batch.pixels, expected)
+
+
+@pytest.mark.parametrize("tile", [240, 256])
+def test_resampled_tiles_decode_each_stored_tile_once(tmp_path: Path, tile: int) -> None:
+    """0.2528 um/px: squares of 506 level-0 px."""
+    path = write_synth_slide(tmp_path / "40x.svs", width=2530, height=1518, tile=tile, levels=(1,), mpp=0.2528)
+    with open_slide(path) as reader:
+        plan = plan_reads(reader, SlideSettings())
+        assert (plan.resample, plan.patch_size_level0) == (True, 506)
+        tiles = np.concatenate([batch.pixels for batch in iter_tiles(reader, whole_grid(plan), plan, 4)])
+        assert reader.decoded == -(-2530 // tile) * -(-1518 // tile)
+    with open_slide(path, SlideSettings(reader="openslide")) as reader:
+        for xy0, got in zip(whole_grid(plan).xy0.tolist(), tiles, strict=True):
+            np.testing.assert_array_equal(got, read_tile(reader, plan, tuple(xy0)))
 
 
 def test_close_does_not_read_the_rest(

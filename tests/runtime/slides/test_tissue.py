@@ -20,7 +20,8 @@ from wsi_rt.runtime.slides import (
     otsu_threshold,
     plan_reads,
     select_tiles,
-    tissue,
+    tissue_read,
+    tissue_tiles,
 )
 from wsi_rt.runtime.slides.grid import ReadPlan
 from wsi_rt.runtime.types import Provenance, SlideRef
@@ -91,7 +92,7 @@ def test_selection_is_the_brute_force_one(seed: int) -> None:
     shares = brute_force(foreground, scale, size, step)
     expected = [xy for xy in sorted(shares, key=lambda v: (v[1], v[0])) if shares[xy] >= Fraction(1, 10)]
     plan, mask = plan_for(size, step), mask_for(foreground, scale, size)
-    got = np.concatenate(list(tissue.tissue_fractions(plan, mask)))
+    got = np.concatenate(list(tissue_tiles.tissue_fractions(plan, mask)))
     np.testing.assert_allclose(got, [float(v) for v in shares.values()], atol=1e-9)
     if not expected:
         with pytest.raises(SlideError, match="no tissue"):
@@ -156,7 +157,7 @@ def test_mask_does_not_depend_on_blocks_or_threads(synth: Path, monkeypatch: pyt
         seen: list[tuple[int, int]] = []
         whole = find_tissue(reader, threads=1)
         assert (whole.level, whole.box) == (0, 2)
-        monkeypatch.setattr(tissue, "BLOCK_PX", (301, 127))
+        monkeypatch.setattr(tissue_read, "BLOCK_PX", (301, 127))
         parts = find_tissue(reader, threads=2, on_progress=lambda done, total: seen.append((done, total)))
     np.testing.assert_array_equal(whole.foreground, parts.foreground)
     assert whole.threshold == parts.threshold
@@ -176,7 +177,7 @@ def test_mask_does_not_depend_on_blocks_or_threads(synth: Path, monkeypatch: pyt
     ],
 )
 def test_mask_level(level_slide: Make, mpp: float, downsamples: tuple, expected: tuple[int, int]) -> None:
-    assert tissue._mask_level(level_slide(50_000, 40_000, mpp, downsamples)) == expected
+    assert tissue_read.mask_level(level_slide(50_000, 40_000, mpp, downsamples)) == expected
 
 
 def test_foreground_is_the_dark_side(array_slide: Make) -> None:

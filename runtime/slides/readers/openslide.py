@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 # Decoded-tile cache per open slide. OpenSlide's own default (32 MiB) is less than one tile row of a
 # 46,000 px wide Aperio slide (240-px tiles: 44 MB), so off-grid reads would decode every tile twice.
 CACHE_BYTES = 128 << 20
+HEAD_BYTES = 1 << 16  # of a DICOM file; its SeriesInstanceUID stands in the first kilobytes
 
 
-def _load_openslide() -> ModuleType:
+def load_openslide() -> ModuleType:
     try:
         import openslide
     except (ImportError, OSError) as error:  # OSError: the Python half without the library
@@ -41,7 +42,7 @@ def _one_line(error: Exception) -> str:
 
 def open_with_openslide(path: Path, settings: SlideSettings) -> OpenSlideReader | None:
     """Open `path`; None when OpenSlide does not know the format. Raises SlideError, MachineError."""
-    openslide = _load_openslide()
+    openslide = load_openslide()
     try:
         handle = _open_handle(openslide, path)
     except openslide.OpenSlideUnsupportedFormatError:
@@ -71,6 +72,46 @@ def _number(properties: Mapping[str, str], name: str) -> float | None:
         return None
 
 
+def _bounds0(properties: Mapping[str, str]) -> tuple[int, int, int, int] | None:
+    try:
+        x, y, width, height = (int(properties[f"openslide.bounds-{part}"]) for part in ("x", "y", "width", "height"))
+    except (KeyError, ValueError):
+        return None
+    return x, y, width, height
+
+
+def _associated(properties: Mapping[str, str]) -> dict[str, tuple[int, int]]:
+    """Name -> (width, height) px, from the properties: asking OpenSlide for the images would decode them."""
+    found = (re.fullmatch(r"openslide\.associated\.(.+)\.width", name) for name in properties)
+    names = [match[1] for match in found if match]
+    return {
+        name: (
+            int(properties[f"openslide.associated.{name}.width"]),
+            int(properties[f"openslide.associated.{name}.height"]),
+        )
+        for name in sorted(names)
+    }
+
+
+def _files(path: Path, properties: Mapping[str, str]) -> tuple[Path, ...]:
+    """The files behind `path`, itself first: MRXS and VMS keep the pixels beside it, DICOM one level per file."""
+    series = properties.get("dicom.SeriesInstanceUID", "").encode()
+    if properties.get("openslide.vendor") == "mirax":
+        beside = path.with_suffix("").glob("*")
+    elif series:
+        beside = (p for p in path.parent.iterdir() if p.is_file() and series in _head(p))
+    elif path.suffix.lower() in (".vms", ".vmu"):
+        beside = path.parent.glob(f"{path.stem}*")
+    else:
+        return (path,)
+    return (path, *sorted(p for p in beside if p != path and p.is_file()))
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(HEAD_BYTES)
+
+
 def _background(properties: Mapping[str, str], name: str) -> tuple[int, int, int] | None:
     text = properties.get(name, "")
     if not re.fullmatch(r"[0-9A-Fa-f]{6}", text):
@@ -96,7 +137,12 @@ class OpenSlideReader(SlideReader):
                 source=openslide.PROPERTY_NAME_MPP_X,
             ),
             background=_background(properties, openslide.PROPERTY_NAME_BACKGROUND_COLOR),
+            icc=properties.get("openslide.icc-size", "0") != "0",
+            associated=_associated(properties),
+            bounds0=_bounds0(properties),
+            files=_files(path, properties),
         )
+        self.properties = properties
         self._openslide = openslide
         self._handle = handle
 
@@ -130,6 +176,14 @@ class OpenSlideReader(SlideReader):
             self._handle = handle
             self.rereads += 1
         return image
+
+    def _read_associated(self, name: str) -> NDArray[np.uint8]:
+        try:
+            return _on_white(self._handle.associated_images[name])
+        except self._openslide.OpenSlideError as error:
+            raise SlideError(
+                f"{self.path}: its {name} image cannot be read ({_one_line(error)}), expected an intact slide"
+            ) from error
 
     def _close(self) -> None:
         self._handle.close()

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from wsi_rt.export import staging
-from wsi_rt.export.staging import staged_directory
+from wsi_rt.runtime import staging
 from wsi_rt.runtime.errors import InputError, MachineError
+from wsi_rt.runtime.staging import staged_directory
 
 FILES = ("a", "b/c", "b/d/e")
 
@@ -240,7 +240,7 @@ def test_a_file_in_the_way(tmp_path, name):
 KILLED = """
 import sys, time
 from pathlib import Path
-from wsi_rt.export.staging import staged_directory
+from wsi_rt.runtime.staging import staged_directory
 target, text = Path(sys.argv[1]), sys.argv[2]
 while True:
     with staged_directory(target) as work:

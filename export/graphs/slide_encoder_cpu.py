@@ -1,0 +1,96 @@
+"""Slide encoder for onnxruntime's CPU provider (SPEC 3): what is computed row by row goes through the cache a chunk of
+rows at a time, and attention is onnxruntime's own operator (`dilated_attention_cpu`).
+
+Memory, in floats a token at the published width: x, q, k, v and what is attended to take 768 each (values 896); the
+branch of ratio 1 gathers another 2,400, which the operator transposes into as many, and gives 2 x 896. Together
+about 11,500, 46 KB a token; a chunk takes 6 MB for each copy of its 3,072 hidden values, however long the slide is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from wsi_rt.export.arch import LongNetConfig
+from wsi_rt.export.graphs.builder import WeightFile
+from wsi_rt.export.graphs.dilated_attention_cpu import Heads, Tables, dilated_attention_cpu, fits, make_tables
+from wsi_rt.export.graphs.layers import Style, reshape
+from wsi_rt.export.graphs.slide_encoder import SlideEncoderGraph
+from wsi_rt.export.sources.weights import WeightSource
+
+# At most, of one pass through a layer's row-wise part: 6 MB of hidden values, which stay in the last-level cache.
+CHUNK_ROWS = 512
+
+
+def build(
+    c: LongNetConfig,
+    source: WeightSource,
+    weights: WeightFile,
+    path: Path,
+    style: Style,
+    *,
+    expose_encoder_out: bool = False,
+) -> None:
+    """Writes `path`; inputs and outputs as `slide_encoder.build`. Heads that the ratios do not divide evenly (no
+    published encoder has such) are attended to as the portable graph does it."""
+    graph = SlideEncoderCpuGraph if fits(c.heads, c.dilated_ratios) else SlideEncoderGraph
+    graph(c, source, weights, style).build(path, expose_encoder_out)
+
+
+class SlideEncoderCpuGraph(SlideEncoderGraph):
+    """Between the layers x is [chunks, rows, C]: L tokens, then rows that hold the appended keys of attention."""
+
+    def __init__(self, c: LongNetConfig, source: WeightSource, weights: WeightFile, style: Style) -> None:
+        super().__init__(c, source, weights, style)
+        self.heads = Heads(c.heads, c.width // c.heads)
+
+    def _layers(self, x: str) -> str:
+        b, c = self.b, self.c
+        with b.scope("tables"):
+            tables = make_tables(b, x, c.segment_lengths, c.dilated_ratios, self.heads, CHUNK_ROWS)
+        with b.scope("chunks"):
+            x = self._chunked(b.op("Pad", [x, tables.row_pads]), tables)
+        self._boundary(x, tables)
+        for i in range(c.depth):
+            with b.scope(f"layers.{i}"):
+                x = self._cpu_layer(x, f"encoder.layers.{i}", tables)
+                self._boundary(x, tables)
+        return self._tokens(x, tables)
+
+    def _cpu_layer(self, x: str, p: str, tables: Tables) -> str:
+        b, width = self.b, self.c.width
+        rows = {"x": ["rows", width], "real": ["rows", 1], "sums": ["rows", 1, self.heads.extra]}
+        with b.scope("project"), b.body(rows) as body:
+            q, k, v = self._project(body.inputs["x"], p)
+            k, v = (b.op("Mul", [y, body.inputs["real"]]) for y in (k, v))
+            v = self._with_sums(v, body.inputs["sums"])
+            body.results += [(y, ["rows", n]) for y, n in ((q, width), (k, width), (v, self.heads.value_row))]
+        qkv = b.op("Scan", [x, tables.real, tables.sums], outputs=3, body=body.graph, num_scan_inputs=3)
+        flat = [reshape(b, y, [-1, n]) for y, n in zip(qkv, (width, width, self.heads.value_row), strict=True)]
+        with b.scope("attn"):
+            y = self._chunked(dilated_attention_cpu(b, *flat, tables, self.heads), tables)
+        with b.scope("rest"), b.body({"x": ["rows", width], "y": ["rows", width]}) as body:
+            body.results.append((self._rest(body.inputs["x"], body.inputs["y"], p), ["rows", width]))
+        return str(b.op("Scan", [x, y], body=body.graph, num_scan_inputs=2))
+
+    def _with_sums(self, v: str, sums: str) -> str:
+        """v [rows, C], sums [rows, 1, extra] -> [rows, H * value_width]."""
+        b, h = self.b, self.heads
+        every = b.op("Expand", [sums, b.constant([1, h.count, 1])])
+        both = b.op("Concat", [reshape(b, v, [-1, h.count, h.width]), every], axis=2)
+        return reshape(b, both, [-1, h.value_row])
+
+    def _chunked(self, x: str, tables: Tables) -> str:
+        """[chunks * rows, C] -> [chunks, rows, C]."""
+        return str(self.b.op("Reshape", [x, self.b.op("Concat", [tables.chunks, self.b.constant([-1, self.c.width])], axis=0)]))
+
+    def _tokens(self, x: str, tables: Tables) -> str:
+        """[chunks, rows, C] -> [L, C]."""
+        b = self.b
+        x = reshape(b, x, [-1, self.c.width])
+        return str(b.op("Slice", [x, b.constant([0]), tables.end, b.constant([0])]))
+
+    def _boundary(self, x: str, tables: Tables) -> None:
+        if self.style.probe:
+            self.layer_boundary(self._tokens(x, tables), ["tokens", self.c.width])

@@ -1,0 +1,196 @@
+"""Slide -> tile features: the tiles are chosen first, without any encoder, then read and encoded in grid order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsi_rt.runtime.config import SlideSettings
+from wsi_rt.runtime.encode import Encoded, OnProgress, require_finite
+from wsi_rt.runtime.engines.base import Engine
+from wsi_rt.runtime.errors import SlideError
+from wsi_rt.runtime.positions import grid_positions
+from wsi_rt.runtime.slides import (
+    Regions,
+    SlideReader,
+    TissueMask,
+    find_tissue,
+    iter_tiles,
+    open_slide,
+    plan_reads,
+    read_regions,
+    select_tiles,
+    selection_notes,
+)
+from wsi_rt.runtime.slides.grid import ReadPlan
+from wsi_rt.runtime.timing import Stopwatch
+from wsi_rt.runtime.types import Provenance, TileFailure, TileFeatures, TileGrid
+
+if TYPE_CHECKING:
+    from wsi_rt.runtime.features.coords import TileCoords
+
+TILE_BATCH = 32
+NAMED_FAILURES = 5  # in a note; provenance holds MAX_LISTED of them
+MAX_LISTED = 200  # x, y pairs in the provenance, which a file attribute of 60 KB has to hold
+
+
+@dataclass(frozen=True)
+class ChosenTiles:
+    """An open slide and the tiles to encode, nothing encoded yet.
+
+    mask: the tissue the tiles were chosen by; None when a file said which tiles (`coords`).
+    regions: those of `settings.roi`.
+    notes: what a user should know of the slide and its tissue. `reader.rereads` may still grow.
+    """
+
+    reader: SlideReader
+    plan: ReadPlan
+    grid: TileGrid
+    settings: SlideSettings
+    mask: TissueMask | None = None
+    regions: Regions | None = None
+    notes: tuple[str, ...] = ()
+
+
+@contextmanager
+def choose_tiles(
+    path: Path,
+    settings: SlideSettings,
+    threads: int,
+    clock: Stopwatch,
+    on_progress: OnProgress,
+    coords: TileCoords | None = None,
+) -> Iterator[ChosenTiles]:
+    """Open a slide and choose its tiles: those with tissue, inside the regions of `settings.roi` if given.
+
+    coords: the tiles of a file instead; no tissue is looked for. The slide is closed on leaving the context.
+    Tissue detection has all `threads`.
+
+    Raises SlideError (unreadable, no resolution, no tissue), InputError (regions that are none, tiles off the
+    position grid).
+    """
+    if coords is not None:
+        with _tiles_of_file(path, settings, coords, clock) as chosen:
+            yield chosen
+        return
+    regions = read_regions(settings.roi) if settings.roi is not None else None  # refused before the slide is opened
+    with open_slide(path, settings) as reader:
+        with clock.measure("tissue"):
+            plan = plan_reads(reader, settings)
+            mask = find_tissue(
+                reader,
+                allow_dark=settings.allow_dark,
+                plain_otsu=settings.plain_otsu,
+                threads=threads,
+                on_progress=lambda d, n: on_progress("tissue", d, n),
+            )
+            grid = select_tiles(plan, mask, regions=regions)
+        grid_positions(grid, settings.position_tile)  # refuse before the long work, not after
+        yield ChosenTiles(
+            reader, plan, grid, settings, mask, regions, (*reader.notes, *mask.notes, *selection_notes(grid))
+        )
+
+
+@contextmanager
+def _tiles_of_file(path: Path, settings: SlideSettings, coords: TileCoords, clock: Stopwatch) -> Iterator[ChosenTiles]:
+    from wsi_rt.runtime.features.coords import plan_coords
+
+    with open_slide(path, settings) as reader:
+        with clock.measure("tissue"):
+            plan, grid = plan_coords(reader, coords, settings)
+        grid_positions(grid, settings.position_tile)
+        chosen = [f"--{k.replace('_', '-')}" for k in ("allow_dark", "plain_otsu", "roi") if getattr(settings, k)]
+        idle = (f"{', '.join(chosen)} given, but the tiles come from a file: no effect",) if chosen else ()
+        yield ChosenTiles(reader, plan, grid, settings, None, None, (*reader.notes, *idle))
+
+
+def encode_chosen(
+    chosen: ChosenTiles, encoder: Engine, threads: int, clock: Stopwatch, on_progress: OnProgress
+) -> Encoded:
+    """Read the chosen tiles and encode them in grid order; what becomes of unreadable ones, `on_bad_tile` says.
+
+    max(1, threads // 2) threads read ahead while the encoder, opened with all of them, computes; they pause once a
+    batch is ready, which bounds the overlap.
+
+    Raises SlideError for a tile that cannot be read (policy "fail", or none can be read), WsiRtError when a tile's
+    features are not finite.
+    """
+    reader, plan, grid, settings = chosen.reader, chosen.plan, chosen.grid, chosen.settings
+    width = encoder.manifest.outputs[0].dims[-1]
+    x = np.empty((len(grid), int(width)), np.float32)  # [N, C]
+    failures: list[TileFailure] = []
+    started = perf_counter()
+    batches = iter_tiles(reader, grid, plan, TILE_BATCH, threads=max(1, threads // 2), raise_bad=False)
+    with closing(batches):
+        for batch in batches:
+            failures += batch.failures
+            if batch.failures and settings.on_bad_tile == "fail":
+                raise _cannot_go_on(failures[0], len(grid))
+            clock.add("tiles", (perf_counter() - started) * 1e3)
+            with clock.measure("tile_encoder"):
+                rows = slice(int(batch.index[0]), int(batch.index[-1]) + 1)
+                encoder.run({"tiles": batch.pixels}, {"features": x[rows]})
+            on_progress("tile encoder", rows.stop, len(grid))
+            started = perf_counter()
+    require_finite(x, f"{reader.path}: tile", grid.xy0.tolist(), encoder.manifest)
+    x, grid, notes = _settle(x, grid, failures, settings.on_bad_tile, reader.path)
+    facts: dict[str, Any] = {"slide": reader.ref.provenance.digest, "precision": encoder.precision}
+    if failures:
+        facts["bad_tiles"] = _bad_tiles(failures, settings.on_bad_tile)
+    features = TileFeatures(x, grid, Provenance("tile_encoder", encoder.manifest.weights, facts))
+    tiles = {"grid": grid.cells, "kept": len(grid), "failed": len(failures), "distinct_tokens": None}
+    all_notes = (*chosen.notes, *_reread_note(reader), *notes)
+    return Encoded(None, features, tiles, reader.ref, all_notes, grid=grid, failures=tuple(failures))
+
+
+def _cannot_go_on(failure: TileFailure, total: int) -> SlideError:
+    return SlideError(
+        f"{_named(failure)} of {total} tiles cannot be read, tried twice; get an intact copy of the slide, or go on "
+        "without such tiles (--on-bad-tile skip) or with white in their place (--on-bad-tile white)"
+    )
+
+
+def _named(failure: TileFailure) -> str:
+    return f"tile {failure.index} at level-0 position {failure.xy0} ({failure.reason})"
+
+
+def _settle(
+    x: NDArray[np.float32], grid: TileGrid, failures: Sequence[TileFailure], policy: str, path: Path
+) -> tuple[NDArray[np.float32], TileGrid, tuple[str, ...]]:
+    """Features and grid after the policy, and the note that names the tiles."""
+    if not failures:
+        return x, grid, ()
+    if len(failures) == len(grid):
+        raise SlideError(
+            f"{path}: none of {len(grid)} tiles can be read; the first: {_named(failures[0])}; get an intact copy"
+        )
+    what = "left out" if policy == "skip" else "taken as white"
+    named = "; ".join(_named(f) for f in failures[:NAMED_FAILURES])
+    rest = f"; and {len(failures) - NAMED_FAILURES} more" if len(failures) > NAMED_FAILURES else ""
+    note = f"{len(failures)} of {len(grid)} tiles could not be read, tried twice, and were {what}: {named}{rest}"
+    if policy == "skip":
+        left = np.ones(len(grid), bool)
+        left[[f.index for f in failures]] = False
+        made_by = grid.provenance
+        settings = {**made_by.settings, "bad_tiles": _bad_tiles(failures, policy)}
+        grid = replace(grid, xy0=grid.xy0[left], provenance=replace(made_by, settings=settings))
+        x = x[left]
+    return x, grid, (note,)
+
+
+def _bad_tiles(failures: Sequence[TileFailure], policy: str) -> dict[str, Any]:
+    return {"policy": policy, "count": len(failures), "xy0": [list(f.xy0) for f in failures[:MAX_LISTED]]}
+
+
+def _reread_note(reader: SlideReader) -> tuple[str, ...]:
+    if not reader.rereads:
+        return ()
+    regions = "1 region was" if reader.rereads == 1 else f"{reader.rereads} regions were"
+    return (f"{regions} read again after an error",)
