@@ -36,6 +36,10 @@ class Asking:
         self._model: LanguageModel | None = None
         self._prefixes: OrderedDict[tuple[str, str], SlidePrefix] = OrderedDict()
 
+    @property
+    def fast(self) -> bool:
+        return self._settings is not None and self._settings.fast
+
     def check(self, questions: Sequence[Question], settings: GenerationSettings, clock: Stopwatch) -> None:
         """Refuse what can be refused before a slide is read. Raises InputError, MachineError."""
         context = int(self.bundle.component("llm").config["context"])
@@ -92,8 +96,9 @@ class Asking:
         if self._model is None:
             tokenizer = self.tokenizer(clock)
             with clock.measure("open"):
-                decoder = self.bundle.decoder()
-                self._model = LanguageModel(decoder, tokenizer, self._settings, self._made_of(type(decoder)))
+                decoder = self.bundle.decoder(self.fast)
+                made_of = {**self._made_of(type(decoder)), **({"fast": "1"} if self.fast else {})}
+                self._model = LanguageModel(decoder, tokenizer, self._settings, made_of)
         return self._model
 
     def take_notes(self) -> tuple[str, ...]:

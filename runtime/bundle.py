@@ -32,17 +32,13 @@ class Bundle:
     when another bundle was put in its place meanwhile.
     """
 
-    def __init__(
-        self, root: Path, manifest: Manifest, target: str, threads: int, identity: tuple[int, ...], fast: bool = False
-    ) -> None:
-        self.root, self.manifest, self.target, self.threads, self.fast = root, manifest, target, threads, fast
+    def __init__(self, root: Path, manifest: Manifest, target: str, threads: int, identity: tuple[int, ...]) -> None:
+        self.root, self.manifest, self.target, self.threads = root, manifest, target, threads
         self._identity = identity
 
     @classmethod
-    def open(
-        cls, root: str | Path, threads: int | None = None, target: str | None = None, fast: bool = False
-    ) -> Bundle:
-        """`target`: one of the bundle's (default: the first). `fast`: see Decoder.open.
+    def open(cls, root: str | Path, threads: int | None = None, target: str | None = None) -> Bundle:
+        """`target`: one of the bundle's (default: the first).
 
         Raises InputError when there is no bundle or no such target, EngineMismatchError when a file differs from the
         manifest or the machine is not the target's.
@@ -53,7 +49,7 @@ class Bundle:
         target = manifest.targets[0] if target is None else target
         if target not in manifest.targets:
             raise InputError(f"{root}: not built for {target!r}, expected one of: {', '.join(manifest.targets)}")
-        bundle = cls(root, manifest, target, resolve_threads(threads), identity, fast)
+        bundle = cls(root, manifest, target, resolve_threads(threads), identity)
         bundle._check_machine()
         with bundle.unreplaced():
             _check_files(root, manifest, _read_stamp(root))
@@ -106,11 +102,12 @@ class Bundle:
         with self.unreplaced():
             return backend(self.target).open_engine(self.root, self.component(name), self.threads)
 
-    def decoder(self) -> Decoder:
+    def decoder(self, fast: bool = False) -> Decoder:
+        """fast: see Decoder.open."""
         from wsi_rt.runtime.engines.registry import backend
 
         with self.unreplaced():
-            return backend(self.target).open_decoder(self.root, self.component("llm"), self.threads, self.fast)
+            return backend(self.target).open_decoder(self.root, self.component("llm"), self.threads, fast)
 
     def tokenizer(self) -> Tokenizer:
         from wsi_rt.runtime.llm.tokenizer import Tokenizer

@@ -24,6 +24,7 @@ COMMANDS = {
     "encode": "encode:encode",
     "inspect": "bundle:inspect",
     "kernels": "kernels:kernels",
+    "plan": "plan:plan",
     "prefix": "prefix:prefix",
     "synth-checkpoint": "synth_checkpoint:synth_checkpoint",
     "synth-slide": "synth:synth_slide",

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,11 +12,12 @@ import numpy as np
 
 from wsi_rt.runtime.config import SlideSettings
 from wsi_rt.runtime.engines.base import Engine
-from wsi_rt.runtime.errors import FeatureFileError, WsiRtError
+from wsi_rt.runtime.errors import FeatureFileError
 from wsi_rt.runtime.features import read_slide_tokens, read_tile_file
 from wsi_rt.runtime.features.stamp import maker_digest
 from wsi_rt.runtime.manifest import EngineManifest
 from wsi_rt.runtime.positions import grid_positions, shared_cells
+from wsi_rt.runtime.sentinel import OpenWider, Sentinel
 from wsi_rt.runtime.timing import Stopwatch
 from wsi_rt.runtime.types import (
     POOLED_TOKENS,
@@ -124,8 +125,15 @@ def other_precisions(encoded: Encoded, components: Mapping[str, EngineManifest],
     )
 
 
-def encode_tokens(encoded: Encoded, position_tile: int | None, encoder: Engine, clock: Stopwatch) -> Encoded:
-    """Tile features -> 576 slide tokens.
+def encode_tokens(
+    encoded: Encoded,
+    position_tile: int | None,
+    encoder: Engine,
+    clock: Stopwatch,
+    wider: OpenWider | None = None,
+) -> Encoded:
+    """Tile features -> 576 slide tokens. wider: what opens an encoder of higher precision, for tokens that are not
+    finite.
 
     Raises FeatureFileError when the features are not as wide as the encoder wants, InputError for tiles
     off the position grid.
@@ -140,9 +148,11 @@ def encode_tokens(encoded: Encoded, position_tile: int | None, encoder: Engine, 
             "they come from another tile encoder"
         )
     positions = grid_positions(features.grid, position_tile)
-    with clock.measure("slide_encoder"):
-        out = encoder.run({"features": features.x, "positions": positions})["tokens"]
-    require_finite(out, "slide token", range(len(out)), encoder.manifest)
+    inputs = {"features": features.x, "positions": positions}
+    where = f"{encoded.slide.path}: " if encoded.slide is not None else ""
+    with clock.measure("slide_encoder"), Sentinel(f"{where}slide token", encoder.manifest, wider) as sentinel:
+        out = encoder.run(inputs)["tokens"]
+        sentinel.mend(out, range(len(out)), lambda engine, rows: engine.run(inputs)["tokens"][rows])
     distinct = min(len(features.grid), POOLED_TOKENS)
     divisor = position_tile or features.grid.patch_size_level0
     settings = {"position_tile": divisor, "order": features.grid.order, "precision": encoder.precision}
@@ -153,7 +163,7 @@ def encode_tokens(encoded: Encoded, position_tile: int | None, encoder: Engine, 
             "tile_encoder_precision": features.provenance.settings.get("precision"),
         }
     made_by = Provenance("slide_encoder", encoder.manifest.weights, settings)
-    notes: tuple[str, ...] = ()
+    notes = sentinel.notes()
     shared = shared_cells(positions)
     if shared:
         notes += (f"{shared} of {len(positions)} tiles share a position with another tile (divisor {divisor} px)",)
@@ -181,15 +191,3 @@ def load_tokens(path: Path, width: int, unpadded: int | None) -> Encoded:
         tokens = replace(tokens, tokens=padded, notes=(*tokens.notes, note))
     tiles = {"grid": None, "kept": None, "failed": 0, "distinct_tokens": tokens.distinct}
     return Encoded(tokens, None, tiles, notes=tokens.notes)
-
-
-def require_finite(x: np.ndarray, what: str, names: Sequence[object], engine: EngineManifest) -> None:
-    """Raises WsiRtError naming the first row of x [N, C] that is not finite, by its entry in `names`."""
-    bad = np.flatnonzero(~np.isfinite(x).all(axis=1))
-    if bad.size:
-        fix = "check the engines with `wsi-rt verify DIR`, and report this if they pass"
-        if any(compiled.precision != "fp32" for compiled in engine.targets.values()):
-            fix = f"rebuild the engines with --precision {engine.name}=fp32; if they are fp32, {fix}"
-        raise WsiRtError(
-            f"{what} {names[int(bad[0])]} encodes to values that are not finite ({bad.size} of {len(x)} do); {fix}"
-        )

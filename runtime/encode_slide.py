@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -13,10 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_rt.runtime.config import SlideSettings
-from wsi_rt.runtime.encode import Encoded, OnProgress, require_finite
+from wsi_rt.runtime.encode import Encoded, OnProgress
 from wsi_rt.runtime.engines.base import Engine
 from wsi_rt.runtime.errors import SlideError
+from wsi_rt.runtime.plan import TILE_BATCH, RunPlan
 from wsi_rt.runtime.positions import grid_positions
+from wsi_rt.runtime.sentinel import OpenWider, Sentinel
 from wsi_rt.runtime.slides import (
     Regions,
     SlideReader,
@@ -36,7 +39,6 @@ from wsi_rt.runtime.types import Provenance, TileFailure, TileFeatures, TileGrid
 if TYPE_CHECKING:
     from wsi_rt.runtime.features.coords import TileCoords
 
-TILE_BATCH = 32
 NAMED_FAILURES = 5  # in a note; provenance holds MAX_LISTED of them
 MAX_LISTED = 200  # x, y pairs in the provenance, which a file attribute of 60 KB has to hold
 
@@ -112,23 +114,30 @@ def _tiles_of_file(path: Path, settings: SlideSettings, coords: TileCoords, cloc
 
 
 def encode_chosen(
-    chosen: ChosenTiles, encoder: Engine, threads: int, clock: Stopwatch, on_progress: OnProgress
+    chosen: ChosenTiles,
+    encoder: Engine,
+    threads: int,
+    clock: Stopwatch,
+    on_progress: OnProgress,
+    run: RunPlan = RunPlan(TILE_BATCH),  # noqa: B008 - frozen
+    wider: OpenWider | None = None,
 ) -> Encoded:
     """Read the chosen tiles and encode them in grid order; what becomes of unreadable ones, `on_bad_tile` says.
 
     max(1, threads // 2) threads read ahead while the encoder, opened with all of them, computes; they pause once a
-    batch is ready, which bounds the overlap.
+    batch is ready, which bounds the overlap. run: how many tiles at a time. wider: what opens an encoder of higher
+    precision, for tiles whose features are not finite.
 
     Raises SlideError for a tile that cannot be read (policy "fail", or none can be read), WsiRtError when a tile's
-    features are not finite.
+    features are not finite whatever was tried.
     """
     reader, plan, grid, settings = chosen.reader, chosen.plan, chosen.grid, chosen.settings
     width = encoder.manifest.outputs[0].dims[-1]
     x = np.empty((len(grid), int(width)), np.float32)  # [N, C]
     failures: list[TileFailure] = []
     started = perf_counter()
-    batches = iter_tiles(reader, grid, plan, TILE_BATCH, threads=max(1, threads // 2), raise_bad=False)
-    with closing(batches):
+    batches = iter_tiles(reader, grid, plan, run.batch, threads=max(1, threads // 2), raise_bad=False)
+    with closing(batches), Sentinel(f"{reader.path}: tile", encoder.manifest, wider) as sentinel:
         for batch in batches:
             failures += batch.failures
             if batch.failures and settings.on_bad_tile == "fail":
@@ -137,17 +146,24 @@ def encode_chosen(
             with clock.measure("tile_encoder"):
                 rows = slice(int(batch.index[0]), int(batch.index[-1]) + 1)
                 encoder.run({"tiles": batch.pixels}, {"features": x[rows]})
+                sentinel.mend(x[rows], grid.xy0[rows].tolist(), partial(_encode_again, batch.pixels))
             on_progress("tile encoder", rows.stop, len(grid))
             started = perf_counter()
-    require_finite(x, f"{reader.path}: tile", grid.xy0.tolist(), encoder.manifest)
     x, grid, notes = _settle(x, grid, failures, settings.on_bad_tile, reader.path)
     facts: dict[str, Any] = {"slide": reader.ref.provenance.digest, "precision": encoder.precision}
+    if sentinel.retried:
+        facts["retried_tiles"] = {"count": len(sentinel.retried), "xy0": sentinel.retried[:MAX_LISTED]}
     if failures:
         facts["bad_tiles"] = _bad_tiles(failures, settings.on_bad_tile)
     features = TileFeatures(x, grid, Provenance("tile_encoder", encoder.manifest.weights, facts))
     tiles = {"grid": grid.cells, "kept": len(grid), "failed": len(failures), "distinct_tokens": None}
-    all_notes = (*chosen.notes, *_reread_note(reader), *notes)
+    all_notes = (*chosen.notes, *run.notes, *_reread_note(reader), *notes, *sentinel.notes())
     return Encoded(None, features, tiles, reader.ref, all_notes, grid=grid, failures=tuple(failures))
+
+
+def _encode_again(pixels: NDArray[np.uint8], wider: Engine, rows: NDArray[np.intp]) -> NDArray[np.float32]:
+    """Tile by tile: memory for one is enough."""
+    return np.concatenate([wider.run({"tiles": pixels[i : i + 1]})["features"] for i in rows])
 
 
 def _cannot_go_on(failure: TileFailure, total: int) -> SlideError:

@@ -314,4 +314,5 @@ class Pipeline:
     def _machine(self) -> dict[str, object]:
         target, components = self.bundle.target, self.bundle.manifest.components
         precision = {name: c.targets[target].precision for name, c in components.items() if target in c.targets}
-        return {"target": target, "precision": precision, "threads": self.bundle.threads}
+        fast = {"fast": True} if self._asking.fast else {}
+        return {"target": target, "precision": precision, "threads": self.bundle.threads, **fast}

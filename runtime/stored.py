@@ -13,6 +13,8 @@ from wsi_rt.runtime.engines.base import Engine
 from wsi_rt.runtime.errors import SlideError
 from wsi_rt.runtime.features.slide_digest import Identity, SlideDigest, identity
 from wsi_rt.runtime.features.store import FeatureStore, TilesKey, TokensKey, grid_digest
+from wsi_rt.runtime.plan import plan_run
+from wsi_rt.runtime.sentinel import wider_engine
 from wsi_rt.runtime.timing import Stopwatch
 from wsi_rt.runtime.types import POOLED_TOKENS, SlideTokens, TileFeatures
 
@@ -115,7 +117,10 @@ def _tiles(chosen: ChosenTiles, store: FeatureStore, key: TilesKey, digest: Slid
 
 
 def _encode(chosen: ChosenTiles, task: Task) -> Encoded:
-    return encode_chosen(chosen, task.engine("tile_encoder"), task.bundle.threads, task.clock, task.on_progress)
+    bundle = task.bundle
+    run = plan_run(bundle, len(chosen.grid), task.tokens)  # refused before the weights are loaded
+    engine, wider = task.engine("tile_encoder"), wider_engine(bundle, "tile_encoder")
+    return encode_chosen(chosen, engine, bundle.threads, task.clock, task.on_progress, run, wider)
 
 
 def _tokens(encoded: Encoded, store: FeatureStore, key: TokensKey, digest: SlideDigest, task: Task) -> Encoded:

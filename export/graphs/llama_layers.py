@@ -159,14 +159,14 @@ def build_own_attention(c: LlamaConfig, weights: WeightFile, path: Path) -> None
 
 def _partial(b: GraphBuilder, c: LlamaConfig, mask: str | None) -> tuple[str, str, str]:
     """Weighted values, largest score and sum of the inputs `q`, `k`, `v`; mask: how many keys the first row sees."""
-    groups, dims = c.heads // c.kv_heads, ["keys", c.kv_heads, c.head_width]
+    groups = c.heads // c.kv_heads
     q = b.input("q", FLOAT, ["rows", c.heads * c.head_width])
-    k, v = (b.input(n, FLOAT, dims) for n in ("k", "v"))
+    k, v = (b.input(n, FLOAT, ["keys", c.kv_heads, c.head_width]) for n in ("k", "v"))
     if groups > 1:  # a KV head serves its whole group: [rows, kv_heads, groups, D] -> [rows * groups, kv_heads, D]
         q = b.op("Transpose", [reshape(b, q, [-1, c.kv_heads, groups, c.head_width])], perm=[0, 2, 1, 3])
     q = reshape(b, q, [-1, c.kv_heads, c.head_width])
-    fused = {"domain": ORT_DOMAIN, "alpha": c.head_width**-0.5, "transBatchA": 1, "transBatchB": 1, "transB": 1}
-    scores = b.op("FusedMatMul", [q, k], **fused)  # [kv_heads, rows * groups, keys]
+    turned, scale = {"transBatchA": 1, "transBatchB": 1, "transB": 1}, c.head_width**-0.5
+    scores = b.op("FusedMatMul", [q, k], domain=ORT_DOMAIN, alpha=scale, **turned)  # [kv_heads, rows * groups, keys]
     if mask is not None:
         scores = b.op("Where", [_visible(b, q, k, mask, groups), scores, b.constant(_HIDDEN, np.float32, "hidden")])
     top = b.op("ReduceMax", [scores, b.constant([-1])], keepdims=1)

@@ -41,20 +41,27 @@ def _prefixes(required: bool, help_text: str) -> Any:
 MODEL = options(
     click.option("--kv-bytes", callback=_bytes, metavar="SIZE", help="Memory for keys and values, such as 4G."),
     _prefixes(False, "Folder that keeps slide prefixes: a later run skips their prefill (640 MB per slide at 7 B)."),
-    click.option("--prefix-dtype", default="fp32", show_default=True, metavar="fp32|fp16", help="Of kept prefixes."),
+    click.option(
+        "--prefix-dtype",
+        default="fp32",
+        show_default=True,
+        metavar="fp32|fp16",
+        help="fp16 rounds slide prefixes: half the disk.",
+    ),
+    click.option("--fast", is_flag=True, help="Many questions faster, in 8 bits: a bundle of `build-engines --fast`."),
     click.option("--no-speculation", is_flag=True, help="Verify no guessed tokens; answers are the same."),
 )
 # What MODEL sets, as names of parameters.
-MODEL_FLAGS = ("kv_bytes", "prefixes", "prefix_dtype", "no_speculation")
+MODEL_FLAGS = ("kv_bytes", "prefixes", "prefix_dtype", "fast", "no_speculation")
 
 
 def model_settings(flags: dict[str, Any]) -> ModelSettings:
     """Of MODEL's options, taken out of `flags`."""
     from wsi_rt.runtime.llm.language_model import ModelSettings
 
-    kv_bytes, prefixes, dtype, no_speculation = (flags.pop(name) for name in MODEL_FLAGS)
+    kv_bytes, prefixes, dtype, fast, no_speculation = (flags.pop(name) for name in MODEL_FLAGS)
     disk = _disk(prefixes) if prefixes is not None else None
-    return ModelSettings(kv_bytes, disk, dtype, speculate=not no_speculation)
+    return ModelSettings(kv_bytes, disk, dtype, speculate=not no_speculation, fast=fast)
 
 
 def _disk(folder: Path) -> PrefixDisk:

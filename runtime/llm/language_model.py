@@ -45,16 +45,19 @@ class Question:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """How the language model runs; what it answers does not depend on it, `prefix_dtype` excepted.
+    """How the language model runs; what it answers does not depend on it, `prefix_dtype` and `fast` excepted.
 
     kv_bytes: of all keys and values (None: half of the memory that is free); prefixes: keeps them over restarts;
     prefix_dtype: "fp16" halves what they take on disk, and rounds keys and values; speculate: verify guessed tokens.
+    fast: steps of many rows in 8 bits, where the bundle was built for it (Decoder.open); answers then depend on what
+    else is asked at the same time.
     """
 
     kv_bytes: int | None = None
     prefixes: PrefixDisk | None = None
     prefix_dtype: str = "fp32"
     speculate: bool = True
+    fast: bool = False
 
 
 class LanguageModel:

@@ -205,7 +205,10 @@ class LayersRun:
 
     def through(self, layers: OrtLayers, i: int) -> None:
         """From the attention of layer i - 1 through that of layer i."""
-        out = layers.linear(i, {"x": self.x, "position": self._position, "attended": self._attended})
+        feeds: dict[str, NDArray[Any]] = {"x": self.x, "position": self._position}
+        if self._attended is not None:
+            feeds["attended"] = self._attended
+        out = layers.linear(i, feeds)
         self.x = out.get("y", self.x)
         if "q" in out:
             self._attended = self._attend(layers, i, out["q"], out["k"], out["v"])

@@ -34,8 +34,8 @@ HOLDS: dict[Source, tuple[float, ...]] = {
     "phrase": (0.44, 0.44, 0.45, 0.65, 0.65, 0.70, 0.75),
 }
 PRIOR_WEIGHT, MEMORY = 8.0, 64.0  # older outcomes fade: at most so many count
-# Rows -> cost relative to one row: MatMulNBits, 4 bit in blocks of 32, 4096 x 11008, two cores.
-PRIOR = ((1, 1.0), (8, 4.9), (20, 6.8), (64, 20.0), (640, 213.0))
+# Rows -> cost relative to one row: a layer of 7 B in `int4` (MatMulNBits of 4 and 8 bits), two cores.
+PRIOR = ((1, 1.0), (2, 1.05), (8, 2.3), (20, 4.8), (64, 15.0), (128, 28.0), (640, 142.0))
 
 
 class StepCost:

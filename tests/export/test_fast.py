@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -18,9 +19,11 @@ from wsi_rt.export.sources.synthetic import SyntheticSource
 from wsi_rt.export.sources.weights import Part
 from wsi_rt.runtime.engines.registry import backend
 from wsi_rt.runtime.errors import InputError, ParityError
+from wsi_rt.runtime.features import write_slide_tokens
 from wsi_rt.runtime.llm.decoder import Chunk
 from wsi_rt.runtime.llm.ort_layers import WIDE_ROWS
 from wsi_rt.runtime.parity import check_component, load_check
+from wsi_rt.runtime.types import Provenance, SlideTokens
 
 CONFIG = LlamaConfig(hidden=128, layers=2, heads=4, kv_heads=2, head_width=32, ffn=352, vocab=512, context=1024)
 
@@ -121,3 +124,24 @@ def test_fp32_has_nothing_to_gain(tmp_path):
     assert "--fast" in request.arguments()
     assert plan.to_json()["fast"] is True
     assert plan.estimated_bytes > plan_build(replace(request, precision="int4", fast=False)).estimated_bytes
+
+
+def test_the_command_answers_and_says_that_it_was_fast(tmp_path, wsi_rt):
+    """Twenty questions together, from a bundle that has both."""
+    tokens = tmp_path / "slide.pt"
+    x = np.random.default_rng(0).standard_normal((576, 1024)).astype(np.float32)
+    write_slide_tokens(tokens, SlideTokens(x, Provenance("test")))
+    questions = tmp_path / "questions.txt"
+    questions.write_text("\n".join(f"What of region {i}?" for i in range(20)))
+    checkpoint = ("--checkpoint", "synthetic:nano?seed=0", "--components", "projector,llm", "--precision", "llm=int4")
+    engines = tmp_path / "engines"
+    assert wsi_rt("build-engines", *checkpoint, "--fast", "--out", engines).code == 0
+    asked = ("ask", tokens, "--questions", questions, "--engines", engines, "--max-new-tokens", "8", "--json")
+    found = {}
+    for flags in ((), ("--fast",)):
+        result = wsi_rt(*asked, *flags)
+        assert result.code == 0, result.err
+        answers = json.loads(result.out)["answers"]
+        assert all(a["settings"].get("fast", False) == bool(flags) for a in answers)
+        found[flags] = [tuple(a["token_ids"]) for a in answers]
+    assert len(found[()]) == len(found[("--fast",)]) == 20

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from wsi_rt.runtime import GenerationSettings, Pipeline
-from wsi_rt.runtime.errors import InputError
+from wsi_rt.runtime.errors import InputError, MachineError
 from wsi_rt.runtime.features import write_slide_tokens
 from wsi_rt.runtime.llm.language_model import AUTO, ModelSettings, Question
 from wsi_rt.runtime.llm.prefix_disk import PrefixDisk
@@ -142,7 +142,7 @@ def test_a_dialogue_goes_on_from_what_was_said(plain: Pipeline, tokens_file: Pat
 
 def test_questions_are_refused_before_anything_is_read(plain: Pipeline, tmp_path: Path) -> None:
     for question, told in ((Question("q", ("A",)), "--choices"), (Question("q", json_schema="{"), "json")):
-        with pytest.raises((InputError, Exception), match=told):
+        with pytest.raises((InputError, MachineError), match=told):
             plain.ask_many(tmp_path / "missing.pt", ["fine", question], GREEDY)
 
 
@@ -231,3 +231,9 @@ def test_prefixes_on_disk_from_the_command(
     assert dropped == {"dropped": 1, "freed_bytes": listed["bytes"]}
     monkeypatch.delenv("WSI_RT_PREFIXES")
     assert "--prefixes" in wsi_rt("prefix", "list").err
+
+
+def test_fast_needs_a_bundle_built_for_it(wsi_rt: Run, nano_bundle: Path, tokens_file: Path) -> None:
+    result = wsi_rt("ask", tokens_file, "What?", "--engines", nano_bundle, "--fast")
+    assert result.code == 2
+    assert "build it again with wsi-rt build-engines --fast" in result.err

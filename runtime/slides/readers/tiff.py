@@ -127,7 +127,12 @@ class TiffReader(TiledReader):
         self._rendered_from = max(1, holed.index(True)) if vendor == "aperio" and any(holed) else len(self.levels)
 
     def probe(self) -> None:
-        """Decode the first tile of every level. Raises NotDirectError: no tile of such a level would be for us."""
+        """Decode the first tile of every level. Raises NotDirectError: no tile of such a level would be for us.
+
+        Also for a file that ends before its coarsest level does: OpenSlide hashes that level, and refuses the slide.
+        """
+        if not self._file.holds(self._stored[-1]):
+            raise NotDirectError("the file ends before its coarsest level does")
         for number, level in enumerate(self._stored):
             present = np.flatnonzero(level.counts)
             if len(present):

@@ -136,6 +136,11 @@ class TiffFile:
             raise TiffError(f"ends before byte {offset + count}; was it cut off while open?")
         return data
 
+    def holds(self, level: TiffLevel) -> bool:
+        """The file reaches to the end of every tile of a level."""
+        size = np.uint64(self._bytes)
+        return bool(np.all((level.offsets <= size) & (level.counts <= size - np.minimum(level.offsets, size))))
+
     def _unpack(self, code: str, data: bytes) -> int:
         if len(data) != struct.calcsize(f"={code}"):
             raise TiffError("ends inside its header")

@@ -1,0 +1,232 @@
+"""What the encoders of a bundle cost on this machine: measured once, kept beside the manifest.
+
+Not in it: a manifest is the same, byte for byte, for every build of a checkpoint, and a copied bundle meets another
+machine. Peaks of memory are the kernel's own (Linux, VmHWM); where there are none, only times are measured.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from wsi_rt.runtime.bundle import Bundle
+from wsi_rt.runtime.engines.base import Engine
+from wsi_rt.runtime.engines.registry import backend
+from wsi_rt.runtime.types import TILE_PX
+
+FILE_NAME = ".measured.json"
+BATCHES = (1, 2, 4, 8, 16, 32)
+GOOD_ENOUGH = 1.03  # a smaller batch within 3 % of the best: less memory, the first tiles earlier
+WORSE = 1.10  # no larger batch is tried beyond this
+SECONDS = 20.0  # of measuring one number of threads; what is begun is finished
+RUNS = 3
+SLIDE_TILES = (1100, 4400)  # two sizes for two unknown rates
+
+OnStep = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class TileCost:
+    """threads, batch: the fastest. seconds: of one tile, by batch, with `threads`. open_bytes: weights, as opened;
+    batch_bytes: what a run adds to them, by batch."""
+
+    threads: int
+    batch: int
+    seconds: Mapping[int, float]
+    open_bytes: int
+    batch_bytes: Mapping[int, int]
+
+
+@dataclass(frozen=True)
+class SlideCost:
+    """seconds, run_bytes: by number of tiles, two of them."""
+
+    threads: int
+    seconds: Mapping[int, float]
+    open_bytes: int
+    run_bytes: Mapping[int, int]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """machine: where; none of the rest holds on another."""
+
+    machine: Mapping[str, Any]
+    tile_encoder: TileCost | None = None
+    slide_encoder: SlideCost | None = None
+
+
+def this_machine(target: str) -> dict[str, Any]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(x.split(":")[1].strip() for x in lines if x.startswith("model name"))
+    except (OSError, StopIteration, IndexError):
+        model = platform.processor()
+    return {"cpu": model, "isa": platform.machine(), "cpus": os.cpu_count(), "target": target}
+
+
+def stored(bundle: Bundle) -> Measured | None:
+    """What was measured of this very bundle on this machine; None: nothing, or of another."""
+    try:
+        data = json.loads((bundle.root / FILE_NAME).read_text())
+        if data.pop("engines") != _engines(bundle) or data["machine"] != this_machine(bundle.target):
+            return None
+        tile, slide = data["tile_encoder"], data["slide_encoder"]
+        return Measured(
+            data["machine"],
+            TileCost(**{**tile, **_by_number(tile, "seconds", "batch_bytes")}) if tile else None,
+            SlideCost(**{**slide, **_by_number(slide, "seconds", "run_bytes")}) if slide else None,
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def measure(bundle: Bundle, on_step: OnStep = lambda _: None) -> Measured:
+    """Measure what the bundle has of encoders, and keep it where the folder can be written."""
+    components = bundle.manifest.components
+    tile = slide = None
+    if "tile_encoder" in components:
+        on_step("tile encoder")
+        tile = _measure_tiles(bundle)
+    if "slide_encoder" in components:
+        on_step("slide encoder")
+        slide = _measure_slides(bundle)
+    measured = Measured(this_machine(bundle.target), tile, slide)
+    _keep(bundle, measured)
+    return measured
+
+
+def _engines(bundle: Bundle) -> dict[str, str]:
+    return {name: c.digest for name, c in bundle.manifest.components.items()}
+
+
+def _by_number(data: Mapping[str, Any], *names: str) -> dict[str, dict[int, Any]]:
+    return {name: {int(k): v for k, v in data[name].items()} for name in names}
+
+
+def _keep(bundle: Bundle, measured: Measured) -> None:
+    temporary = bundle.root / f"{FILE_NAME}.{os.getpid()}"
+    try:
+        temporary.write_text(json.dumps({**asdict(measured), "engines": _engines(bundle)}, indent=1) + "\n")
+        temporary.replace(bundle.root / FILE_NAME)
+    except OSError:  # a bundle that cannot be written to is measured every time
+        temporary.unlink(missing_ok=True)
+
+
+def _measure_tiles(bundle: Bundle) -> TileCost:
+    found = [_tile_cost(bundle, threads) for threads in _thread_counts(bundle.threads)]
+    return min(found, key=lambda cost: cost.seconds[cost.batch])
+
+
+def _thread_counts(threads: int) -> tuple[int, ...]:
+    """All, and half of them: two threads of one core may get in each other's way."""
+    return (threads, threads // 2) if threads > 1 else (threads,)
+
+
+def _tile_cost(bundle: Bundle, threads: int) -> TileCost:
+    def inputs(batch: int) -> dict[str, Any]:
+        return {"tiles": np.random.default_rng(0).integers(0, 256, (batch, TILE_PX, TILE_PX, 3), np.uint8)}
+
+    with _Watch(bundle, "tile_encoder", threads) as watch:
+        seconds: dict[int, float] = {}
+        added: dict[int, int] = {}
+        started = perf_counter()
+        for batch in BATCHES:
+            took, added[batch] = watch.run(inputs(batch))
+            seconds[batch] = took / batch
+            best = min(seconds.values())
+            if seconds[batch] > WORSE * best or perf_counter() - started > SECONDS:
+                break
+        chosen = next(b for b, s in seconds.items() if s <= GOOD_ENOUGH * min(seconds.values()))
+        return TileCost(threads, chosen, seconds, watch.open_bytes, added)
+
+
+def _measure_slides(bundle: Bundle) -> SlideCost:
+    width = int(bundle.component("slide_encoder").config["in_width"])
+    seconds: dict[int, float] = {}
+    added: dict[int, int] = {}
+    with _Watch(bundle, "slide_encoder", bundle.threads) as watch:
+        for tiles in SLIDE_TILES:
+            index, side = np.arange(tiles), int(tiles**0.5) + 1
+            positions = np.stack([index % side, index // side], axis=1).astype(np.int64)
+            features = np.random.default_rng(0).standard_normal((tiles, width), np.float32)
+            seconds[tiles], added[tiles] = watch.run({"features": features, "positions": positions})
+        return SlideCost(bundle.threads, seconds, watch.open_bytes, added)
+
+
+class _Watch:
+    """An engine of the bundle, opened and run under watch of memory and time."""
+
+    def __init__(self, bundle: Bundle, name: str, threads: int) -> None:
+        self._open = lambda: backend(bundle.target).open_engine(bundle.root, bundle.component(name), threads)
+
+    def __enter__(self) -> _Watch:
+        before = _reset_peak()
+        self._engine: Engine = self._open()
+        self._opened = resident_bytes()
+        self.open_bytes = max(0, self._opened - before)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._engine.close()
+
+    def run(self, inputs: Mapping[str, Any]) -> tuple[float, int]:
+        """Seconds of the fastest of three runs (one, where that takes long), and bytes at most beyond those of the open
+        engine and its inputs, buffers that it keeps for the next run included."""
+        took = float("inf")
+        extra = _reset_peak() - self._opened - sum(x.nbytes for x in inputs.values())  # kept from smaller runs
+        for _ in range(RUNS):
+            started = perf_counter()
+            self._engine.run(inputs)
+            took = min(took, perf_counter() - started)
+            if took > SECONDS / RUNS:
+                break
+        inputs_bytes = sum(x.nbytes for x in inputs.values())
+        return took, max(0, extra, peak_bytes() - self._opened - inputs_bytes)
+
+
+def resident_bytes() -> int:
+    return _status("VmRSS")
+
+
+def peak_bytes() -> int:
+    """The most this process ever had resident, or since `_reset_peak`."""
+    return _status("VmHWM")
+
+
+def _reset_peak() -> int:
+    """-> bytes resident now; 0 where the system does not tell."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return 0
+    return resident_bytes()
+
+
+def _status(field: str) -> int:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(x.split()[1]) * 1024 for x in lines if x.startswith(f"{field}:"))
+    except (OSError, StopIteration, ValueError):
+        return 0
+
+
+def line_through(points: Mapping[int, float], at: int) -> float:
+    """Linear between and beyond measured points, never below 0; their only one, in proportion."""
+    xs: Sequence[int] = sorted(points)
+    if at in points:
+        return float(points[at])
+    if len(xs) == 1:
+        return float(points[xs[0]] * at / xs[0])
+    right = next((i for i, x in enumerate(xs) if x > at and i > 0), len(xs) - 1)
+    low, high = xs[right - 1], xs[right]
+    slope = (points[high] - points[low]) / (high - low)
+    return max(0.0, points[low] + slope * (at - low))
