@@ -47,6 +47,16 @@ def percentiles(samples: Sequence[float]) -> dict[str, Any]:
     return {**{f"p{p}": float(x) for p, x in zip(PERCENTILES, found, strict=True)}, "n": len(samples)}
 
 
+@dataclass
+class Outcome:
+    """What a bench found: rows, and why figures of ours are missing: wrong answers (`red`), or none at all
+    (`broken`)."""
+
+    rows: list[Row] = field(default_factory=list)
+    red: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
+
+
 @dataclass(frozen=True)
 class Report:
     """Rows, and where they were measured."""

@@ -29,6 +29,7 @@ from wsi_rt.runtime.engines.registry import backend
 from wsi_rt.runtime.errors import InputError
 from wsi_rt.runtime.hashing import sha256_file, sha256_json
 from wsi_rt.runtime.interrupts import checkpoint
+from wsi_rt.runtime.plan_measure import FILE_NAME as MEASURED_NAME
 from wsi_rt.runtime.staging import require_room, staged_directory, standing_parent
 from wsi_rt.runtime.threads import resolve_threads
 from wsi_rt.runtime.types import TILE_PX
@@ -153,7 +154,8 @@ def _holds_bundle(out: Path) -> bool:
     if not ((out / m.FILE_NAME).is_file() and any((out / n).is_dir() for n in m.COMPONENTS)):
         raise InputError(f"{out}: exists and is no engine bundle; choose another --out")
     ours = {m.FILE_NAME, TOKENIZER, *m.COMPONENTS}
-    others = sorted(p.name for p in out.iterdir() if p.name not in ours and not p.name.startswith(STAMP_NAME))
+    aside = (STAMP_NAME, MEASURED_NAME)
+    others = sorted(p.name for p in out.iterdir() if p.name not in ours and not p.name.startswith(aside))
     if others:
         raise InputError(f"{out}: also holds {others[0]!r}, which is no part of an engine bundle; choose another --out")
     return True

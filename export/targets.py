@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi_rt.export.arch import LlamaConfig, ViTConfig
-from wsi_rt.export.graphs import tile_encoder_cpu
+from wsi_rt.export.arch import LlamaConfig, LongNetConfig, ViTConfig
+from wsi_rt.export.graphs import slide_encoder_cpu, tile_encoder_cpu
 from wsi_rt.export.graphs.layers import Style
 from wsi_rt.export.graphs.linears import FusedLinears
 from wsi_rt.export.graphs.llama import build_embed
@@ -64,6 +64,8 @@ def _ort_cpu(component: Component, folder: Path, threads: int) -> Lowered:
 def _write_ort_cpu(component: Component, path: Path, style: Style) -> None:
     if isinstance(component.config, ViTConfig):
         tile_encoder_cpu.build(component.config, component.source, component.weights, path, style)
+    elif isinstance(component.config, LongNetConfig):
+        slide_encoder_cpu.build(component.config, component.source, component.weights, path, style)
     else:
         write_main(component, path, style)
 

@@ -98,9 +98,11 @@ class Bundle:
 
     def engine(self, name: str) -> Engine:
         from wsi_rt.runtime.engines.registry import backend
+        from wsi_rt.runtime.plan_measure import fastest_threads
 
         with self.unreplaced():
-            return backend(self.target).open_engine(self.root, self.component(name), self.threads)
+            threads = fastest_threads(self, name)
+            return backend(self.target).open_engine(self.root, self.component(name), threads)
 
     def decoder(self, fast: bool = False) -> Decoder:
         """fast: see Decoder.open."""

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from wsi_rt.runtime.config import SlideSettings
-from wsi_rt.runtime.engines.base import Engine
+from wsi_rt.runtime.engines.base import Array, Engine
 from wsi_rt.runtime.errors import FeatureFileError
 from wsi_rt.runtime.features import read_slide_tokens, read_tile_file
 from wsi_rt.runtime.features.stamp import maker_digest
@@ -148,7 +148,7 @@ def encode_tokens(
             "they come from another tile encoder"
         )
     positions = grid_positions(features.grid, position_tile)
-    inputs = {"features": features.x, "positions": positions}
+    inputs: dict[str, Array] = {"features": features.x, "positions": positions}
     where = f"{encoded.slide.path}: " if encoded.slide is not None else ""
     with clock.measure("slide_encoder"), Sentinel(f"{where}slide token", encoder.manifest, wider) as sentinel:
         out = encoder.run(inputs)["tokens"]

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from wsi_rt.runtime.bundle import Bundle
 from wsi_rt.runtime.errors import InputError
@@ -62,12 +66,12 @@ def plan_encode(
     held_bytes: int | None = None,
     available: int | None = None,
 ) -> EncodePlan:
-    """held_bytes: what the process has resident already (default: this one's). available: beside that (default: what
-    the system still has).
+    """held_bytes: what the process has resident already (default: this one's, all modules imported). available: what
+    it can still have (default: what the system says).
 
     Raises InputError (exit 2) where not even one tile at a time, or the slide encoder, would fit.
     """
-    held = resident_bytes() if held_bytes is None else held_bytes
+    before = held = max(resident_bytes(), measured.process_bytes) if held_bytes is None else held_bytes
     available = available_bytes() if available is None else available
     tile, slide = measured.tile_encoder, measured.slide_encoder if tokens else None
     width = int(bundle.component("tile_encoder").config["width"]) if tile is not None else 0
@@ -80,7 +84,7 @@ def plan_encode(
         held += tile.open_bytes + tile.batch_bytes[batch]  # an engine stays open and keeps its buffers
     if slide is not None:
         stages.append(_slide_stage(bundle, slide, tiles, held))
-    _require_fit(stages, available, held_bytes=resident_bytes() if held_bytes is None else held_bytes, tiles=tiles)
+    _require_fit(stages, available, before, tiles)
     precision = {
         name: c.compiled(bundle.target).precision
         for name, c in bundle.manifest.components.items()
@@ -101,16 +105,25 @@ def _fitting_batch(cost: TileCost, held: int, available: int) -> int:
 
 def _slide_stage(bundle: Bundle, cost: SlideCost, tiles: int, held: int) -> StagePlan:
     config = bundle.component("slide_encoder").config
-    (n1, t1), (n2, t2) = sorted(cost.seconds.items())
-    p1, p2 = (attention_pairs(config, n) for n in (n1, n2))
-    # t = per_tile n + per_pair p, from two measurements; where noise makes one negative, the other takes all.
-    determinant = n1 * p2 - n2 * p1
-    per_tile, per_pair = (t1 * p2 - t2 * p1) / determinant, (n1 * t2 - n2 * t1) / determinant
-    if per_tile < 0 or per_pair < 0:
-        per_tile, per_pair = (0.0, t2 / p2) if per_tile < 0 else (t2 / n2, 0.0)
-    seconds = per_tile * tiles + per_pair * attention_pairs(config, tiles)
+    seconds = _slide_seconds(config, cost.seconds, tiles)
     added = line_through(cost.run_bytes, tiles)
     return StagePlan("slide_encoder", seconds, held + cost.open_bytes + int(added))
+
+
+def _slide_seconds(config: Mapping[str, Any], measured: Mapping[int, float], tiles: int) -> float:
+    """A constant, a cost per tile and one per score: those of them, none negative, that fit the measurements best."""
+
+    def terms(n: int) -> NDArray[np.float64]:
+        return np.array([1.0, n, attention_pairs(config, n)])
+
+    rows = np.array([terms(n) / t for n, t in measured.items()])  # errors in proportion
+    best, seconds = np.inf, 0.0
+    for chosen in (c for size in (1, 2, 3) for c in combinations(range(3), size)):
+        costs, *_ = np.linalg.lstsq(rows[:, chosen], np.ones(len(rows)), rcond=None)
+        off = float(np.square(rows[:, chosen] @ costs - 1).sum())
+        if (costs >= 0).all() and off < best - 1e-12:
+            best, seconds = off, float(terms(tiles)[list(chosen)] @ costs)
+    return seconds
 
 
 def attention_pairs(config: Mapping[str, Any], tiles: int) -> int:

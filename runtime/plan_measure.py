@@ -1,7 +1,8 @@
 """What the encoders of a bundle cost on this machine: measured once, kept beside the manifest.
 
 Not in it: a manifest is the same, byte for byte, for every build of a checkpoint, and a copied bundle meets another
-machine. Peaks of memory are the kernel's own (Linux, VmHWM); where there are none, only times are measured.
+machine. Measured in a process of its own, since a heap that has been used hides what an engine takes; peaks of memory
+are the kernel's own (Linux, VmHWM), and 0 where there are none.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -20,6 +23,7 @@ import numpy as np
 from wsi_rt.runtime.bundle import Bundle
 from wsi_rt.runtime.engines.base import Engine
 from wsi_rt.runtime.engines.registry import backend
+from wsi_rt.runtime.errors import WsiRtError
 from wsi_rt.runtime.types import TILE_PX
 
 FILE_NAME = ".measured.json"
@@ -28,9 +32,8 @@ GOOD_ENOUGH = 1.03  # a smaller batch within 3 % of the best: less memory, the f
 WORSE = 1.10  # no larger batch is tried beyond this
 SECONDS = 20.0  # of measuring one number of threads; what is begun is finished
 RUNS = 3
-SLIDE_TILES = (1100, 4400)  # two sizes for two unknown rates
-
-OnStep = Callable[[str], None]
+LONG = 1.0  # seconds; a run that takes longer is not repeated
+SLIDE_TILES = (576, 1152, 2304)  # a constant, a cost per tile and one per pair are to be told apart
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class TileCost:
 
 @dataclass(frozen=True)
 class SlideCost:
-    """seconds, run_bytes: by number of tiles, two of them."""
+    """seconds, run_bytes: by number of tiles."""
 
     threads: int
     seconds: Mapping[int, float]
@@ -57,9 +60,11 @@ class SlideCost:
 
 @dataclass(frozen=True)
 class Measured:
-    """machine: where; none of the rest holds on another."""
+    """machine: where; none of the rest holds on another. process_bytes: of a process with everything imported and no
+    engine open."""
 
     machine: Mapping[str, Any]
+    process_bytes: int = 0
     tile_encoder: TileCost | None = None
     slide_encoder: SlideCost | None = None
 
@@ -77,31 +82,57 @@ def stored(bundle: Bundle) -> Measured | None:
     """What was measured of this very bundle on this machine; None: nothing, or of another."""
     try:
         data = json.loads((bundle.root / FILE_NAME).read_text())
-        if data.pop("engines") != _engines(bundle) or data["machine"] != this_machine(bundle.target):
-            return None
-        tile, slide = data["tile_encoder"], data["slide_encoder"]
-        return Measured(
-            data["machine"],
-            TileCost(**{**tile, **_by_number(tile, "seconds", "batch_bytes")}) if tile else None,
-            SlideCost(**{**slide, **_by_number(slide, "seconds", "run_bytes")}) if slide else None,
-        )
+        mine = data.pop("engines") == _engines(bundle) and data["machine"] == this_machine(bundle.target)
+        return _from_json(data) if mine else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
-def measure(bundle: Bundle, on_step: OnStep = lambda _: None) -> Measured:
-    """Measure what the bundle has of encoders, and keep it where the folder can be written."""
-    components = bundle.manifest.components
-    tile = slide = None
-    if "tile_encoder" in components:
-        on_step("tile encoder")
-        tile = _measure_tiles(bundle)
-    if "slide_encoder" in components:
-        on_step("slide encoder")
-        slide = _measure_slides(bundle)
-    measured = Measured(this_machine(bundle.target), tile, slide)
+def measure(bundle: Bundle) -> Measured:
+    """Measure what the bundle has of encoders, in a process of its own, and keep it where the folder can be written.
+
+    Raises WsiRtError when that process fails.
+    """
+    command = [sys.executable, "-m", "wsi_rt.runtime.plan_measure", str(bundle.root), str(bundle.threads)]
+    done = subprocess.run([*command, bundle.target], capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no word"])[-1]
+        raise WsiRtError(f"{bundle.root}: its engines cannot be measured ({reason}); check them: wsi-rt verify")
+    measured = _from_json(json.loads(done.stdout))
     _keep(bundle, measured)
     return measured
+
+
+def measure_here(bundle: Bundle) -> Measured:
+    """As `measure`, in this process; nothing is kept."""
+    # What a run has imported.
+    import onnxruntime  # noqa: F401
+
+    import wsi_rt.runtime.pipeline
+    import wsi_rt.runtime.slides  # noqa: F401
+
+    components, held = bundle.manifest.components, resident_bytes()
+    tile = _measure_tiles(bundle) if "tile_encoder" in components else None
+    slide = _measure_slides(bundle) if "slide_encoder" in components else None
+    return Measured(this_machine(bundle.target), held, tile, slide)
+
+
+def _from_json(data: Mapping[str, Any]) -> Measured:
+    tile, slide = data["tile_encoder"], data["slide_encoder"]
+    return Measured(
+        data["machine"],
+        data["process_bytes"],
+        TileCost(**{**tile, **_by_number(tile, "seconds", "batch_bytes")}) if tile else None,
+        SlideCost(**{**slide, **_by_number(slide, "seconds", "run_bytes")}) if slide else None,
+    )
+
+
+def fastest_threads(bundle: Bundle, name: str) -> int:
+    """Of the bundle's threads, those that a component runs fastest with, where that was measured here."""
+    found = stored(bundle) if name == "tile_encoder" else None
+    if found is None or found.tile_encoder is None:
+        return bundle.threads
+    return min(bundle.threads, found.tile_encoder.threads)
 
 
 def _engines(bundle: Bundle) -> dict[str, str]:
@@ -122,13 +153,13 @@ def _keep(bundle: Bundle, measured: Measured) -> None:
 
 
 def _measure_tiles(bundle: Bundle) -> TileCost:
-    found = [_tile_cost(bundle, threads) for threads in _thread_counts(bundle.threads)]
-    return min(found, key=lambda cost: cost.seconds[cost.batch])
-
-
-def _thread_counts(threads: int) -> tuple[int, ...]:
-    """All, and half of them: two threads of one core may get in each other's way."""
-    return (threads, threads // 2) if threads > 1 else (threads,)
+    """With all threads; or with half of them where that is faster by a tenth: two threads of one core may get in each
+    other's way."""
+    cost = _tile_cost(bundle, bundle.threads)
+    if bundle.threads == 1:
+        return cost
+    half = _tile_cost(bundle, bundle.threads // 2)
+    return half if WORSE * half.seconds[half.batch] < cost.seconds[cost.batch] else cost
 
 
 def _tile_cost(bundle: Bundle, threads: int) -> TileCost:
@@ -187,7 +218,7 @@ class _Watch:
             started = perf_counter()
             self._engine.run(inputs)
             took = min(took, perf_counter() - started)
-            if took > SECONDS / RUNS:
+            if took > LONG:
                 break
         inputs_bytes = sum(x.nbytes for x in inputs.values())
         return took, max(0, extra, peak_bytes() - self._opened - inputs_bytes)
@@ -230,3 +261,8 @@ def line_through(points: Mapping[int, float], at: int) -> float:
     low, high = xs[right - 1], xs[right]
     slope = (points[high] - points[low]) / (high - low)
     return max(0.0, points[low] + slope * (at - low))
+
+
+if __name__ == "__main__":
+    folder, threads, target = sys.argv[1:]
+    sys.stdout.write(json.dumps(asdict(measure_here(Bundle.open(folder, int(threads), target)))))

@@ -165,6 +165,7 @@ def _adopt(encoded: Encoded, tokens: SlideTokens) -> Encoded:
 def with_tokens(encoded: Encoded, task: Task) -> Encoded:
     """`encode_tokens` by the bundle's slide encoder. Raises what that raises."""
     task.on_progress("slide encoder", 0, 1)
-    encoded = encode_tokens(encoded, task.position_tile, task.engine("slide_encoder"), task.clock)
+    wider = wider_engine(task.bundle, "slide_encoder")
+    encoded = encode_tokens(encoded, task.position_tile, task.engine("slide_encoder"), task.clock, wider)
     task.on_progress("slide encoder", 1, 1)
     return encoded

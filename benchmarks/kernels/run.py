@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from wsi_rt.benchmarks.kernels.cases import LIMIT, OURS, Case, chosen, gpu_name
-from wsi_rt.benchmarks.report import Row, percentiles
+from wsi_rt.benchmarks.report import Outcome, Row, percentiles
 from wsi_rt.kernels.aot_case import SHIPPED_SM
 from wsi_rt.runtime.errors import InputError
 
@@ -22,15 +22,6 @@ REPEATS, QUICK_REPEATS = 50, 20
 SHOWN_SM = (90,)  # whose roofline is shown where there is no GPU and no --sm
 
 Timer = Callable[[Callable[[], object], int], Sequence[float]]
-
-
-@dataclass
-class Outcome:
-    """Rows, and why operators of ours could not be timed: wrong answers (`red`), or none at all (`broken`)."""
-
-    rows: list[Row] = field(default_factory=list)
-    red: list[str] = field(default_factory=list)
-    broken: list[str] = field(default_factory=list)
 
 
 def bench_kernels(

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +24,7 @@ from wsi_rt.benchmarks.llm.files import PRECISION, Files, source_of
 from wsi_rt.benchmarks.llm.providers import NEEDS, Place
 from wsi_rt.benchmarks.llm.rows import Bench, comparison_rows
 from wsi_rt.benchmarks.llm.worker import GATE, LIMITS, Found
-from wsi_rt.benchmarks.report import Row
+from wsi_rt.benchmarks.report import Outcome, Row
 from wsi_rt.export.sources.presets import PRESETS
 from wsi_rt.runtime.errors import InputError, WsiRtError
 from wsi_rt.runtime.manifest import load_manifest
@@ -38,15 +38,6 @@ SAME_ENGINE = {PLAIN: OURS, UNSHARED: OURS, cases.LLAMA_CPP_BATCHED: cases.LLAMA
 MAY_REFUSE = (*PEERS, cases.FAST, cases.TORCH)
 CONTEXT = 1024  # tokens of a sequence: prompt and answer of every case
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass
-class Outcome:
-    """Rows, and what is wrong with providers of ours: another model's answers (`red`), or none at all (`broken`)."""
-
-    rows: list[Row] = field(default_factory=list)
-    red: list[str] = field(default_factory=list)
-    broken: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from wsi_rt.benchmarks.report import Row, percentiles
+from wsi_rt.benchmarks.report import Outcome, Row, percentiles
 from wsi_rt.benchmarks.tiles.cases import LIMIT, OURS, REFERENCE, Case, chosen
 from wsi_rt.benchmarks.tiles.work import WARM_UP, Work, make_slide, plan_work, warm_page_cache
 
@@ -38,15 +38,6 @@ PACKAGES = (
 )  # fmt: skip
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass
-class Outcome:
-    """Rows, and why figures of ours are missing: pixels that differ (`red`), or no run (`broken`)."""
-
-    rows: list[Row] = field(default_factory=list)
-    red: list[str] = field(default_factory=list)
-    broken: list[str] = field(default_factory=list)
 
 
 def bench_tiles(

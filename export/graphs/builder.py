@@ -88,6 +88,7 @@ class GraphBuilder:
         self._functions: dict[str, onnx.FunctionProto] = {}
         self._scope: list[str] = []
         self._used: dict[str, int] = {}
+        self._domains: set[str] = set()
         self.boundaries: list[str] = []  # values between layers, in order; the model's metadata names them
 
     @contextmanager
@@ -153,6 +154,7 @@ class GraphBuilder:
         path = path if count == 1 else f"{path}_{count}"
         if isinstance(outputs, int):
             outputs = [f"{path}:{i}" for i in range(outputs)] if outputs > 1 else [path + ":0"]
+        self._domains.add(domain)
         node = helper.make_node(kind, list(inputs), list(outputs), name=path, domain=domain, **attributes)
         self._nodes.append(node)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
@@ -198,8 +200,7 @@ class GraphBuilder:
         graph = helper.make_graph(
             self._nodes, self.name, self._inputs, self._outputs, initializer=list(self._initializers.values())
         )
-        domains = sorted({n.domain for n in self._nodes if n.domain})
-        imports = [helper.make_opsetid("", OPSET), *(helper.make_opsetid(d, 1) for d in domains)]
+        imports = [helper.make_opsetid("", OPSET), *(helper.make_opsetid(d, 1) for d in sorted(self._domains - {""}))]
         model = helper.make_model(
             graph,
             opset_imports=imports,

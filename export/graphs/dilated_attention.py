@@ -90,12 +90,14 @@ def _one_by_one(b: GraphBuilder, q: str, k: str, v: str, width: int, sizes: dict
     rows, columns = b.constant([-1, width]), b.constant([width, -1])
     b.constant(width**-0.5, np.float32), b.constant([-1])  # here, where the function's other nodes see them, too
     with b.scope("one"), b.body({"q": ["values"], "k": ["values"], "v": ["values"]}) as one:
-        shaped = [b.op("Reshape", [one.inputs[n], dims]) for n, dims in (("q", rows), ("k", columns), ("v", rows))]
-        out, lse = _softmax(b, *shaped, width)
+        q1, k1, v1 = (b.op("Reshape", [one.inputs[n], dims]) for n, dims in (("q", rows), ("k", columns), ("v", rows)))
+        out, lse = _softmax(b, q1, k1, v1, width)
         one.results += [(out, ["m", width]), (lse, ["m", 1])]
     flat = [b.op("Flatten", [x], axis=2) for x in (q, k, v)]  # [S * H', m * D]
     out, lse = b.op("Scan", flat, outputs=2, body=one.graph, num_scan_inputs=3)
-    shapes = [b.op("Concat", [sizes["segs"], b.constant([-1]), sizes["m"], b.constant([n])], axis=0) for n in (width, 1)]
+    shapes = [
+        b.op("Concat", [sizes["segs"], b.constant([-1]), sizes["m"], b.constant([n])], axis=0) for n in (width, 1)
+    ]
     return b.op("Reshape", [out, shapes[0]]), b.op("Reshape", [lse, shapes[1]])
 
 

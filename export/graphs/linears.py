@@ -147,7 +147,9 @@ class DequantisedLinears(BlockLinears):
         b = g.b
         if not form.block:
             out = g.source.shapes()[f"{name}.weight"][0]
-            zeros = b.weight(f"zeros.int8.{out}", lambda: np.zeros(out, np.int8))  # told, or x64quantprecision breaks it
+            zeros = b.weight(
+                f"zeros.int8.{out}", lambda: np.zeros(out, np.int8)
+            )  # told, or x64quantprecision breaks it
             w = b.op("DequantizeLinear", [*self._rows(g, name, form), zeros], axis=1)
             return _with_bias(g, b.op("MatMul", [x, w]), name, bias)
         inputs = g.source.shapes()[f"{name}.weight"][1]

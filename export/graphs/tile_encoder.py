@@ -43,11 +43,15 @@ class TileEncoderGraph(Graph):
                 x = b.op("Gather", [x, b.constant(0)], axis=1)
             else:
                 patches = b.op("Slice", [x, b.constant([c.prefix_tokens]), b.constant([2**31]), b.constant([1])])
-                x = b.op("ReduceMean", [patches, b.constant([1])], keepdims=0)
+                x = self._mean(patches)
         if c.fc_norm:
             x = self.make_layer_norm(x, "fc_norm", c.norm_eps)
         b.output(x, "features", FLOAT, ["batch", c.width])
         b.save(path)
+
+    def _mean(self, patches: str) -> str:
+        """[B, P, C] -> [B, C]."""
+        return str(self.b.op("ReduceMean", [patches, self.b.constant([1])], keepdims=0))
 
     def _preprocess(self, tiles: str) -> str:
         """u8 [B, S, S, 3] -> centre crop, /255, (x - mean) / std -> [B, 3, image_px, image_px]."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from wsi_rt.export.arch import ViTConfig
 from wsi_rt.export.graphs.builder import ORT_DOMAIN, WeightFile
 from wsi_rt.export.graphs.layers import Style, reshape
@@ -37,6 +39,12 @@ class OrtCpuTileEncoderGraph(TileEncoderGraph):
         b, c = self.b, self.c
         heads = reshape(b, x, [0, 0, c.heads, c.width // c.heads])
         return reshape(b, self.make_layer_norm(heads, name, c.norm_eps), [0, 0, c.width])
+
+    def _mean(self, patches: str) -> str:
+        """A product with two rows of 1/P: ReduceMean over this axis adds in an order that depends on the batch."""
+        b, count = self.b, self.c.grid**2
+        shares = b.weight(f"mean.{count}", lambda: np.full((2, count), 1 / count, np.float32))
+        return str(b.op("Gather", [b.op("MatMul", [shares, patches]), b.constant(0)], axis=1))
 
     def _activation(self, x: str) -> str:
         """x sigmoid(alpha x) in one pass."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,6 +14,9 @@ from wsi_rt.runtime.commands.options import JSON, SM, THREADS
 from wsi_rt.runtime.errors import MachineError, ParityError, WsiRtError
 from wsi_rt.runtime.progress import Progress
 from wsi_rt.runtime.threads import resolve_threads
+
+if TYPE_CHECKING:
+    from wsi_rt.benchmarks.report import Outcome
 
 CACHE = Path("out/bench")  # engines and peers' files of `bench llm`: 20 GB for the 7 B model
 
@@ -30,16 +34,10 @@ def bench() -> None:
 def kernels(cases: tuple[str, ...], quick: bool, sms: tuple[int, ...] | None, as_json: bool) -> None:
     """GPU operators against flash-attn, SDPA, eager torch and the roofline (--sm: of which architectures)."""
     from wsi_rt.benchmarks.kernels.run import bench_kernels
-    from wsi_rt.benchmarks.machine import report
 
     with Progress() as progress:
         found = bench_kernels(cases, sms, quick, lambda done, total: progress.update("bench", done, total))
-    shown = report(found.rows)
-    click.echo(json.dumps(shown.as_json(), indent=1) if as_json else shown.table())
-    if found.red:
-        raise ParityError(f"{len(found.red)} wrong answers, not timed: {'; '.join(found.red)}")
-    if found.broken:
-        raise WsiRtError(f"{len(found.broken)} cases of wsi-rt did not run: {'; '.join(found.broken)}")
+    _show(found, as_json)
 
 
 @bench.command()
@@ -57,19 +55,38 @@ def llm(threads: int | None, as_json: bool, **chosen: Any) -> None:
     """The language model: prompts, steps, and a slide's twenty questions, against peers and the machine's limits."""
     try:
         from wsi_rt.benchmarks.llm.run import bench_llm, peer_versions
-        from wsi_rt.benchmarks.machine import report
     except ImportError as e:
         raise MachineError(f"the bench needs {e.name}: pip install '.[export]' in a checkout of wsi-rt") from e
 
     with Progress() as progress:
         found = bench_llm(**chosen, threads=resolve_threads(threads), on_step=progress.update)
-    shown = report(found.rows)
-    shown = replace(shown, versions={**shown.versions, **peer_versions()})
-    click.echo(json.dumps(shown.as_json(), indent=1) if as_json else shown.table())
-    if found.red:
-        raise ParityError(f"{len(found.red)} wrong answers, not timed: {'; '.join(found.red)}")
-    if found.broken:
-        raise WsiRtError(f"{len(found.broken)} measurements of wsi-rt failed: {'; '.join(found.broken)}")
+    _show(found, as_json, peer_versions())
+
+
+@bench.command()
+@click.option("--case", "cases", multiple=True, metavar="NAME", help="Only this case; repeatable.")
+@click.option(
+    "--cache",
+    type=click.Path(path_type=Path),
+    default=CACHE / "encoders",
+    show_default=True,
+    help="What is built once.",
+)
+@click.option("--quick", is_flag=True, help="1,000 tiles through a small encoder, one round: a trial, not a figure.")
+@THREADS
+@JSON
+def encoders(cases: tuple[str, ...], cache: Path, quick: bool, threads: int | None, as_json: bool) -> None:
+    """The slide encoder on 1,000 to 50,000 tiles against the published way in eager torch and the machine's limits."""
+    try:
+        from wsi_rt.benchmarks.encoders.run import bench_encoders
+    except ImportError as e:
+        raise MachineError(f"the bench needs {e.name}: pip install '.[export]' in a checkout of wsi-rt") from e
+
+    with Progress() as progress:
+        found = bench_encoders(
+            cases, quick=quick, cache=cache, threads=resolve_threads(threads), on_step=progress.update
+        )
+    _show(found, as_json)
 
 
 @bench.command()
@@ -83,9 +100,6 @@ def tiles(slide: Path | None, cases: tuple[str, ...], quick: bool, threads: int 
 
     Slides of 10,000 tiles are written once into out/bench/tiles. --threads: of each reader (default 1).
     """
-    from dataclasses import replace
-
-    from wsi_rt.benchmarks.machine import report
     from wsi_rt.benchmarks.tiles.run import CONDITIONS, bench_tiles, versions
 
     threads = 1 if threads is None else resolve_threads(threads)
@@ -93,12 +107,18 @@ def tiles(slide: Path | None, cases: tuple[str, ...], quick: bool, threads: int 
         found = bench_tiles(
             slide, cases, threads=threads, quick=quick, folder=CACHE / "tiles", on_progress=progress.update
         )
+    _show(found, as_json, versions(), CONDITIONS)
+
+
+def _show(found: Outcome, as_json: bool, versions: Mapping[str, str] | None = None, conditions: str = "") -> None:
+    """The table or the object, then the exit code of what went wrong. versions: of packages beside the common ones."""
+    from wsi_rt.benchmarks.machine import report
+
     shown = report(found.rows)
-    shown = replace(
-        shown, machine={**shown.machine, "conditions": CONDITIONS}, versions={**shown.versions, **versions()}
-    )
-    click.echo(json.dumps(shown.as_json(), indent=1) if as_json else f"{shown.table()}\n\n{CONDITIONS}")
+    machine = {**shown.machine, "conditions": conditions} if conditions else shown.machine
+    shown = replace(shown, machine=machine, versions={**shown.versions, **(versions or {})})
+    click.echo(json.dumps(shown.as_json(), indent=1) if as_json else f"{shown.table()}\n\n{conditions}".rstrip())
     if found.red:
-        raise ParityError(f"pixels differ, not timed: {'; '.join(found.red)}")
+        raise ParityError(f"{len(found.red)} wrong answers, not timed: {'; '.join(found.red)}")
     if found.broken:
-        raise WsiRtError(f"{len(found.broken)} cases of wsi-rt did not run: {'; '.join(found.broken)}")
+        raise WsiRtError(f"{len(found.broken)} measurements of wsi-rt failed: {'; '.join(found.broken)}")

@@ -39,6 +39,9 @@ def build_engines(
     **sources: str | None,
 ) -> None:
     """Compile a checkpoint into an engine bundle."""
+    from wsi_rt.runtime.bundle import Bundle
+    from wsi_rt.runtime.plan_measure import measure
+
     names = _component_names(components)
     try:
         from wsi_rt.export import build
@@ -60,6 +63,9 @@ def build_engines(
         return
     with Progress() as progress:
         manifest = build.build_engines(plan, lambda step: progress.step(f"build: {step}", plan.steps()))
+        if any("encoder" in name for name in manifest.components):
+            progress.step("build: measure the encoders on this machine", plan.steps() + 1)
+            measure(Bundle.open(out, threads))
     size = sum(f.size for f in manifest.files.values())
     click.echo(f"{out}: {', '.join(manifest.components)} for {target}, {size / 1e6:.0f} MB", err=True)
 

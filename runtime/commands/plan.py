@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -11,6 +12,7 @@ import click
 
 from wsi_rt.runtime.commands.options import ENGINES, JSON, SLIDE, THREADS
 from wsi_rt.runtime.config import SlideSettings
+from wsi_rt.runtime.errors import InputError
 from wsi_rt.runtime.progress import Progress
 
 SAMPLE = 32  # tiles read to see how long reading takes
@@ -29,24 +31,33 @@ def plan(source: Path, engines: Path, again: bool, threads: int | None, as_json:
     Refuses (exit 2) what would not fit into memory. Engines are measured on this machine once.
     """
     from wsi_rt.runtime.bundle import Bundle
+    from wsi_rt.runtime.encode import input_kind
     from wsi_rt.runtime.plan import StagePlan, plan_encode
     from wsi_rt.runtime.plan_measure import measure, resident_bytes, stored
 
-    bundle, settings = Bundle.open(engines, threads), SlideSettings(**slide)
-    bundle.component("tile_encoder")
+    bundle, settings, kind = Bundle.open(engines, threads), SlideSettings(**slide), input_kind(source)
+    if kind == "slide_tokens":
+        raise InputError(f"{source} holds slide tokens: nothing is left to encode; expected a slide or tile features")
+    bundle.component("tile_encoder" if kind == "slide" else "slide_encoder")
     with Progress() as progress:
         measured = None if again else stored(bundle)
-        held = resident_bytes()  # measuring leaves more behind than a run has
         if measured is None:
-            measured = measure(bundle, lambda step: progress.step(f"measure: {step}", 2))
+            progress.step("measure the engines", 1)
+            measured = measure(bundle)
+        if kind == "tile_features":
+            measured = replace(measured, tile_encoder=None)
+        before = resident_bytes()
         tiles, reading = _tiles(source, settings, bundle.threads, progress)
+        held = measured.process_bytes + max(0, resident_bytes() - before)  # an open slide, its tissue
     found = plan_encode(bundle, measured, tiles, held_bytes=held)
     if as_json:
         click.echo(json.dumps({**found.to_json(), "read_seconds": reading}, indent=1))
         return
     of = ", ".join(f"{name} {precision}" for name, precision in found.precision.items())
-    click.echo(f"{source}: {found.tiles} tiles, {found.batch} at a time, {found.threads} threads; {of}")
-    for stage in (StagePlan("tiles (read beside the encoder)", reading, 0), *found.stages):
+    batch = f", {found.batch} at a time" if found.batch else ""
+    click.echo(f"{source}: {found.tiles} tiles{batch}, {found.threads} threads; {of}")
+    read = (StagePlan("tiles (read beside the encoder)", reading, 0),) if reading else ()
+    for stage in (*read, *found.stages):
         peak = f"{stage.peak_bytes / 1e9:8.2f} GB" if stage.peak_bytes else ""
         click.echo(f"  {stage.name:32}{stage.seconds:10.1f} s{peak}")
     click.echo(f"  {'in all':32}{found.seconds:10.1f} s{found.peak_bytes / 1e9:8.2f} GB")
@@ -55,18 +66,12 @@ def plan(source: Path, engines: Path, again: bool, threads: int | None, as_json:
 
 def _tiles(source: Path, settings: SlideSettings, threads: int, progress: Progress) -> tuple[int, float]:
     """How many, and seconds to read them all, from a sample."""
-    from dataclasses import replace
-
     from wsi_rt.runtime.encode import input_kind, load_tiles
     from wsi_rt.runtime.encode_slide import choose_tiles
-    from wsi_rt.runtime.errors import InputError
     from wsi_rt.runtime.slides import iter_tiles
     from wsi_rt.runtime.timing import Stopwatch
 
-    kind = input_kind(source)
-    if kind == "slide_tokens":
-        raise InputError(f"{source} holds slide tokens: nothing is left to encode; expected a slide or tile features")
-    if kind == "tile_features":
+    if input_kind(source) == "tile_features":
         return load_tiles(source, settings).tiles["kept"] or 0, 0.0
     with choose_tiles(source, settings, threads, Stopwatch(), progress.update) as chosen:
         count = len(chosen.grid)

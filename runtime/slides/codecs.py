@@ -13,6 +13,7 @@ from __future__ import annotations
 import struct
 from functools import lru_cache
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -188,11 +189,11 @@ def _check_j2k(data: bytes, height: int, width: int) -> None:
 def _chroma_tables() -> tuple[NDArray[np.int16], NDArray[np.int16], NDArray[np.int32], NDArray[np.int32]]:
     """OpenSlide's tables: red and blue rounded, halves away from zero; green in 16-bit fixed point.
 
-    libjpeg's factors have more digits and differ by one level at 1 of 300 (Cb, Cr).
+    libjpeg's factors have more digits: its green is one level off at 35 of the 65,536 (Cb, Cr).
     """
     x = np.arange(256) - 128.0
 
-    def rounded(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    def rounded(values: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
         return np.copysign(np.floor(np.abs(values) + 0.5), values)
 
     red, blue = rounded(1.402 * x).astype(np.int16), rounded(1.772 * x).astype(np.int16)

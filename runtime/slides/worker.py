@@ -79,7 +79,8 @@ class Worker:
         self._memory_fd = _shared_memory()
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
         self.pixels: NDArray[np.uint8] = np.empty(0, np.uint8)
-        command = [sys.executable, "-m", f"{__name__}_main", str(self._memory_fd), str(MEMORY_BYTES)]
+        # -P: nothing from the current folder, where a copy.py beside a user's slides would run instead of Python's
+        command = [sys.executable, "-P", "-m", f"{__name__}_main", str(self._memory_fd), str(MEMORY_BYTES)]
         try:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, bufsize=0,

@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 import pytest
 
+import wsi_rt.runtime.slides.open as open_module
 from wsi_rt.runtime import GenerationSettings, Pipeline, SlideSettings, encode, encode_slide
 from wsi_rt.runtime.encode import Encoded
 from wsi_rt.runtime.errors import FeatureFileError, InputError, WsiRtError
@@ -263,6 +264,8 @@ def test_a_region_read_again_is_told(pipeline: Pipeline, slide: Path, monkeypatc
         return read(self, *arguments)
 
     monkeypatch.setattr(openslide.OpenSlide, "read_region", fails_once)
+    in_this_process = replace(open_module._READERS["openslide"], apart=False)  # else the worker has its own openslide
+    monkeypatch.setitem(open_module._READERS, "openslide", in_this_process)
     settings = SlideSettings(reader="openslide")
     assert "1 region was read again after an error" in pipeline.encode(slide, settings, tokens=False).notes
     assert not [n for n in pipeline.encode(slide, settings, tokens=False).notes if "again" in n]

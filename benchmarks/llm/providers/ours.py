@@ -31,10 +31,8 @@ if TYPE_CHECKING:
 class Unshared(Model):
     """The engine as published runners use theirs: one question at a time, its slide's prefix computed again."""
 
-    fast = False
-
     def __init__(self, place: Place) -> None:
-        self._bundle = Bundle.open(place.path("bundle"), place.threads, fast=self.fast)
+        self._bundle = Bundle.open(place.path("bundle"), place.threads)
         self._decoder = self._open()
         self._context = min(place.context, self._decoder.spec.context_length)
         self._kvs: list[KV] = []
@@ -125,11 +123,9 @@ class Fast(Plain):
     """`--fast`: calls of many rows on 8-bit weights of their own, where the company decides the last bits; hence
     nothing is guessed."""
 
-    fast = True
-
     def _open(self) -> Decoder:
         try:
-            return self._bundle.decoder()
+            return self._bundle.decoder(fast=True)
         except InputError as e:
             raise CannotError(str(e)) from e
 

@@ -194,7 +194,10 @@ class TiffReader(TiledReader):
         return whole
 
     def _read_associated(self, name: str) -> NDArray[np.uint8]:
-        return self._open_whole().read_associated(name)
+        whole = self._open_whole()
+        if whole.associated.get(name) != self.associated[name]:
+            raise SlideError(f"{self.path}: its {name} image cannot be read by OpenSlide, expected an intact slide")
+        return whole.read_associated(name)
 
     def _close(self) -> None:
         os.close(self._descriptor)

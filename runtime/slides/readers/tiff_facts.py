@@ -19,8 +19,9 @@ COMPRESSIONS = frozenset((1, 5, 7, 8, 32946, 33003, 33005))  # none, LZW, JPEG, 
 _UM_PER_UNIT = {2: 25_400.0, 3: 10_000.0}  # inch, centimetre
 _MPP_SOURCE = "openslide.mpp-x"
 _NUMBER = re.compile(r"\d{1,12}(\.\d{1,12})?")
-_NAME = re.compile(r"[A-Za-z0-9_-]+")
 _THUMBNAIL = 1  # Aperio's second directory
+_ASSOCIATED = {1: "label", 9: "macro"}
+_REDUCED = 1  # bit of NewSubfileType
 
 
 class NotDirectError(ValueError):
@@ -40,8 +41,10 @@ class TiffFacts:
 
 def facts_of(images: Sequence[TiffImage], vendor: str) -> TiffFacts:
     """images: every directory in file order.  vendor: one of VENDORS. Raises NotDirectError."""
+    if not images:
+        raise NotDirectError("it has no directory")
     aperio = vendor == "aperio"
-    directories = images if aperio else [v for n, v in enumerate(images) if n == 0 or _is_reduced(v)]
+    directories = images if aperio else [images[0], *(v for v in images[1:] if v.tiled and v.subfile & _REDUCED)]
     for image in directories:
         if image.depth != 1 or image.compression not in COMPRESSIONS:
             raise NotDirectError(f"a directory has compression {image.compression}, depth {image.depth}")
@@ -61,10 +64,6 @@ def facts_of(images: Sequence[TiffImage], vendor: str) -> TiffFacts:
         associated=_associated(images) if aperio else {},
         icc=images[0].icc,
     )
-
-
-def _is_reduced(image: TiffImage) -> bool:
-    return image.tiled and (image.level is None or image.level.reduced)
 
 
 def _level(finest: TiffLevel, level: TiffLevel) -> Level:
@@ -95,16 +94,13 @@ def _tagged_mpp(image: TiffImage) -> DeclaredMpp:
 
 
 def _associated(images: Sequence[TiffImage]) -> dict[str, tuple[int, int]]:
-    """Name -> (width, height) of Aperio's images that are not tiled; the description's second line starts with it."""
+    """Name -> (width, height) of Aperio's images that are not tiled, told apart by their place or NewSubfileType."""
     found = {}
     for number, image in enumerate(images):
-        if image.tiled:
+        name = "thumbnail" if number == _THUMBNAIL else _ASSOCIATED.get(image.subfile)
+        if image.tiled or name is None:
             continue
-        lines = re.split(r"[\r\n]", image.description or "")
-        name = "thumbnail" if number == _THUMBNAIL else lines[1].split(" ")[0] if len(lines) > 1 else None
-        if name is None:
-            continue
-        if not _NAME.fullmatch(name) or not 0 < max(image.width, image.height) <= MAX_EDGE_PX:
-            raise NotDirectError("an image beside its levels has no plain name or size")
+        if not (0 < image.width <= MAX_EDGE_PX and 0 < image.height <= MAX_EDGE_PX):
+            raise NotDirectError(f"its {name} image is {image.width} x {image.height} px")
         found[name] = (image.width, image.height)
     return dict(sorted(found.items()))

@@ -28,7 +28,6 @@ _FILL_ORDER, _ORIENTATION, _SAMPLES, _PLANAR, _PREDICTOR = 266, 274, 277, 284, 3
 _TILE_WIDTH, _TILE_HEIGHT, _OFFSETS, _COUNTS, _FORMAT, _TABLES = 322, 323, 324, 325, 339, 347
 _DESCRIPTION, _X_RESOLUTION, _Y_RESOLUTION, _UNIT, _DEPTH, _ICC = 270, 282, 283, 296, 32997, 34675
 _KNOWN = frozenset(v for k, v in globals().items() if k.startswith("_") and isinstance(v, int))
-_REDUCED = 1  # bit of NewSubfileType
 _ASCII, _RATIONAL = 2, 5  # types of values
 MAX_DESCRIPTION_BYTES = 1 << 20
 
@@ -43,7 +42,6 @@ class TiffLevel:
 
     offsets, counts: u64 [rows * cols], bytes; a count of 0 is a tile that the file leaves out.
     compression, photometric, predictor: the tags' values.    tables: JPEGTables.
-    reduced: marked as a reduced image.
     """
 
     width: int
@@ -54,7 +52,6 @@ class TiffLevel:
     photometric: int
     predictor: int
     tables: bytes | None
-    reduced: bool
     offsets: NDArray[np.uint64]
     counts: NDArray[np.uint64]
 
@@ -73,12 +70,13 @@ class TiffImage:
 
     description: ImageDescription up to its first NUL, Latin-1 so that every byte counts.
     per_unit: px per unit along x and y, None where absent.  unit: ResolutionUnit, 1 none, 2 inch, 3 centimetre.
-    depth: px.  icc: it has a profile.  level: None where it is not a tiled 8-bit RGB image.
+    subfile: NewSubfileType.  depth: px.  icc: it has a profile.  level: None where it is not a tiled 8-bit RGB image.
     """
 
     width: int
     height: int
     tiled: bool
+    subfile: int
     compression: int
     description: str | None
     per_unit: tuple[float | None, float | None]
@@ -167,6 +165,7 @@ class TiffFile:
             width=self._one(tags, _WIDTH),
             height=self._one(tags, _HEIGHT),
             tiled=_TILE_WIDTH in tags,
+            subfile=self._one(tags, _SUBFILE, 0),
             compression=self._one(tags, _COMPRESSION, 1),
             description=self._text(tags[_DESCRIPTION]) if _DESCRIPTION in tags else None,
             per_unit=(self._rational(tags, _X_RESOLUTION), self._rational(tags, _Y_RESOLUTION)),
@@ -205,7 +204,6 @@ class TiffFile:
             photometric=self._one(tags, _PHOTOMETRIC),
             predictor=self._one(tags, _PREDICTOR, 1),
             tables=tables,
-            reduced=bool(self._one(tags, _SUBFILE, 0) & _REDUCED),
             offsets=self._exactly(tags, _OFFSETS, tiles),
             counts=self._exactly(tags, _COUNTS, tiles),
         )

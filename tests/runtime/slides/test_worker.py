@@ -191,6 +191,17 @@ def test_a_crash_at_opening(hostile: Callable) -> None:
         hostile("crash")
 
 
+def test_nothing_is_imported_from_the_current_folder(
+    slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file there that is named like one of Python's own modules."""
+    for name in ("copy", "json", "numpy", "openslide"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(7)\n")
+    monkeypatch.chdir(tmp_path)
+    with open_in_worker(OPENSLIDE, slides / "CMU-1-Small-Region.svs", SlideSettings()) as reader:
+        assert reader.size0 == (2220, 2967)
+
+
 def test_what_a_library_prints_is_no_answer(hostile: Callable, capfd: pytest.CaptureFixture[str]) -> None:
     with hostile() as reader:
         assert process_of(reader.read_region((6, 0), 0, (2, 2))) > 0
