@@ -77,9 +77,12 @@ class Sentinel:
 
     def _hopeless(self, name: object, count: int, total: int) -> WsiRtError:
         tried = "" if self._open is None else ", in fp32 too"
+        fix = "check the engines with `wsi-rt verify DIR`, and report this if they pass"
+        if any(compiled.precision != "fp32" for compiled in self._manifest.targets.values()):  # the weights are rounded
+            fix = f"rebuild the engines with --precision {self._manifest.name}=fp32; if they are fp32, {fix}"
         return WsiRtError(
             f"{self._what} {name} encodes to values that are not finite{tried} ({count} of {total} in this step do); "
-            f"check the engines with `wsi-rt verify DIR`, and report this if they pass"
+            f"{fix}"
         )
 
     def notes(self) -> tuple[str, ...]:

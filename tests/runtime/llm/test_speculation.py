@@ -220,10 +220,10 @@ def test_the_prior_goes_through_its_points_and_measurements_through_theirs() -> 
     assert [cost(m) for m, _ in PRIOR] == [c for _, c in PRIOR]
     cost.observe(1, 10.0)
     assert cost(1) == 10.0
-    assert cost(8) == pytest.approx(49.0)
+    assert cost(8) == pytest.approx(10.0 * dict(PRIOR)[8])
     cost.observe(8, 20.0)  # this machine is better at 8 rows
     assert cost(8) == 20.0
-    assert cost(9) == pytest.approx(20.0 * ((4.9 + 1.9 / 12) / 4.9))
+    assert cost(9) == pytest.approx(20.0 * ((2.3 + 2.5 / 12) / 2.3))
     cost.observe(1, 30.0)  # a disturbed step
     assert cost(1) == pytest.approx(10.2)
 
