@@ -72,6 +72,7 @@ def build_component(
     on_step("fp32 reference, layer by layer")
     inputs = check_inputs(part.config)
     expected, layers, rounding = hold_against_reference(component, lowered, precision, inputs, threads)
+    write_check(component.weights.path.with_name(CHECK), inputs, expected)
     on_step("parity of the portable graph")
     actual = run_portable(part.config, graphs, inputs, threads)
     portable = compare(actual, {name: x for name, x in expected.items() if name != WIDE_LOGITS})
@@ -93,14 +94,13 @@ def build_component(
 def hold_against_reference(
     component: Component, lowered: Lowered, precision: str, inputs: Arrays, threads: int
 ) -> tuple[Arrays, dict[str, Any], dict[str, Any]]:
-    """Writes the stored check. -> the outputs in it, and what the manifest records of the layers and of the weights'
-    rounding: the worst tensor, and how far the outputs move by it."""
+    """-> the outputs of the stored check, and what the manifest records of the layers and of the weights' rounding: the
+    worst tensor, and how far the outputs move by it."""
     config, source = component.config, component.source
     stored = Stored(source, component.weights, component.format_of)
     reference = reference_outputs(config, stored, inputs, threads, lowered.trajectory(inputs))
     layers = require_layers(config.component, reference.layers, GATES[precision])
-    outputs, check = reference.outputs, component.weights.path.with_name(CHECK)
-    write_check(check, inputs, outputs)
+    outputs = reference.outputs
     if precision == "fp32":
         return outputs, layers, {}
     checkpoint = Compared(source, stored)
@@ -112,7 +112,6 @@ def hold_against_reference(
     if wide:  # 8 bits in any case, so held against the checkpoint itself
         layers |= {"wide": require_layers(config.component, whole.layers, GATES["int8"])}
         outputs = {**outputs, WIDE_LOGITS: whole.outputs["logits"]}
-        write_check(check, inputs, outputs)
     return outputs, layers, rounding
 
 

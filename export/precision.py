@@ -37,7 +37,7 @@ _BY_ROWS = ("tile_encoder", "slide_encoder")
 WIDER: tuple[BlockFormat | None, ...] = (BlockFormat(bits=8, block=128, symmetric=True), _INT8, None)
 
 # How `--fast` also stores a language model's layers, for steps of many rows.
-WIDE = BlockFormat(bits=8, block=0, symmetric=True)
+WIDE = _ROWS
 
 
 def format_of(precision: str, component: str = "llm") -> FormatOf:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -19,9 +19,6 @@ from numpy.typing import NDArray
 from wsi_rt.runtime.engines.registry import backend
 from wsi_rt.runtime.errors import EngineMismatchError, ParityError
 from wsi_rt.runtime.manifest import EngineManifest
-
-if TYPE_CHECKING:
-    pass
 
 Arrays = Mapping[str, NDArray[Any]]
 INPUT, OUTPUT = "input.", "output."  # prefixes of the names in check.npz

@@ -102,7 +102,7 @@ def own_bundle(nano_bundle: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def synth_slide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """1,500 x 1,100 px at 0.5 um/px, written by the project."""
-    from wsi_rt.runtime.slides import write_synth_slide
+    from wsi_rt.runtime.slides.synth import write_synth_slide
 
     return write_synth_slide(tmp_path_factory.mktemp("slide") / "synth.svs", width=1500, height=1100, seed=1)
 

@@ -92,7 +92,7 @@ class TileBench:
         bundle = self._build("tile_encoder=int8,slide_encoder=fp32", "tile_encoder,slide_encoder", SMALL_PRESET)
         slide = self._cache / ("pipeline-small.svs" if self._quick else "pipeline.svs")
         if not slide.exists():
-            from wsi_rt.runtime.slides import write_synth_slide
+            from wsi_rt.runtime.slides.synth import write_synth_slide
 
             step(f"{PIPELINE}: write the slide")
             write_synth_slide(slide, **SLIDE | ({"width": 4096, "height": 3072} if self._quick else {}))

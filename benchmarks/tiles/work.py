@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from wsi_rt.benchmarks.tiles.cases import Case
 from wsi_rt.runtime.config import SlideSettings
 from wsi_rt.runtime.errors import SlideError
-from wsi_rt.runtime.slides import ReadPlan, find_tissue, open_slide, plan_reads, select_tiles, write_synth_slide
+from wsi_rt.runtime.slides import ReadPlan, find_tissue, open_slide, plan_reads, select_tiles
+from wsi_rt.runtime.slides.synth import write_synth_slide
 from wsi_rt.runtime.types import TileGrid
 
 WARM_UP = 64  # tiles read before the clock starts: libraries load, pools and caches start

@@ -41,7 +41,7 @@ def _levels(_context: click.Context, _option: click.Parameter, value: str) -> tu
 @THREADS
 def synth_slide(out: Path, threads: int | None, **flags: Any) -> None:
     """Write a deterministic, H&E-like pyramidal slide (no patient data) for trials and benchmarks."""
-    from wsi_rt.runtime.slides import write_synth_slide
+    from wsi_rt.runtime.slides.synth import write_synth_slide
 
     if flags["format"] != "dicom":
         require_place(out)

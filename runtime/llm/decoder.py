@@ -64,11 +64,15 @@ class KV(ABC):
     def nbytes(self) -> int:
         """Bytes of its own tokens' keys and values, the prefix's not included."""
 
+    @property
+    def shared(self) -> int:
+        """Tokens of the prefix."""
+        return 0 if self.prefix is None else self.prefix.length
+
     def rewind(self, length: int) -> None:
         """Forget every token from `length` on; raises ValueError when that is more than it holds, or in the prefix."""
-        shared = self.prefix.length if self.prefix is not None else 0
-        if not shared <= length <= self.length:
-            raise ValueError(f"cannot rewind to {length}: {self.length} tokens are held, {shared} of them shared")
+        if not self.shared <= length <= self.length:
+            raise ValueError(f"cannot rewind to {length}: {self.length} tokens are held, {self.shared} of them shared")
         self.length = length
 
 
@@ -153,6 +157,39 @@ class Decoder(ABC):
             logits = [decoder.prefill(kv, embeds)]
             logits += [decoder.step([kv], token_ids[i : i + 1])[0] for i in range(len(token_ids))]
         return np.stack(logits)
+
+    # What every backend checks, so that each refuses the same in the same words. All raise ValueError.
+
+    def _require_capacity(self, capacity: int, prefix: PrefixKV | None) -> None:
+        shared = 0 if prefix is None else prefix.length
+        if not shared < capacity <= self.spec.context_length:
+            raise ValueError(f"KV capacity is {capacity}, expected {shared + 1}..{self.spec.context_length} tokens")
+
+    @staticmethod
+    def _require_to_share(kv: KV) -> None:
+        if kv.prefix is not None or kv.length == 0:
+            raise ValueError("a KV to be shared holds tokens, all of them its own")
+
+    def _require_layers(self, layers: Sequence[F32], count: int, kv_heads: int, head_width: int) -> None:
+        length = layers[0].shape[1] if len(layers) and layers[0].ndim == 4 else 0
+        shape = (2, length, kv_heads, head_width)
+        if len(layers) != count or any(x.shape != shape or x.dtype != np.float32 for x in layers):
+            found = ", ".join(sorted({f"{x.dtype} {list(x.shape)}" for x in layers}))
+            raise ValueError(f"a prefix of {len(layers)} layers ({found}), expected {count} of float32 {list(shape)}")
+        if not 1 <= length < self.spec.context_length:
+            raise ValueError(f"a prefix of {length} tokens in a context of {self.spec.context_length}")
+
+    def _require_fit(self, chunks: Sequence[Chunk]) -> None:
+        if not chunks or len({id(c.kv) for c in chunks}) < len(chunks):
+            raise ValueError("expected one chunk or more, each with a KV of its own")
+        for c in chunks:
+            new = len(c.embeds)
+            if c.embeds.ndim != 2 or c.embeds.shape[1] != self.spec.hidden_size:
+                raise ValueError(f"embeds are {list(c.embeds.shape)}, expected [tokens, {self.spec.hidden_size}]")
+            if new < 1 or c.kv.length + new > c.kv.capacity:
+                raise ValueError(f"{new} tokens after {c.kv.length} do not fit a KV of {c.kv.capacity}")
+            if not 0 <= c.logits <= new:
+                raise ValueError(f"logits of {c.logits} positions asked for, {new} are new")
 
     def __enter__(self) -> Decoder:
         return self

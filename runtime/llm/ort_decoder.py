@@ -80,27 +80,19 @@ class OrtDecoder(Decoder):
         self._layers = None
 
     def new_kv(self, capacity: int, prefix: PrefixKV | None = None) -> OrtKV:
-        shared = 0 if prefix is None else prefix.length
-        if not shared < capacity <= self.spec.context_length:
-            raise ValueError(f"KV capacity is {capacity}, expected {shared + 1}..{self.spec.context_length} tokens")
+        self._require_capacity(capacity, prefix)
         if prefix is not None and not isinstance(prefix, OrtPrefix):
             raise TypeError(f"prefix is a {type(prefix).__name__}, expected this decoder's own OrtPrefix")
         return self._opened().new_kv(capacity, prefix)
 
     def freeze(self, kv: KV) -> OrtPrefix:
         kv = own_kv(kv)
-        if kv.prefix is not None or kv.length == 0:
-            raise ValueError("a KV to be shared holds tokens, all of them its own")
+        self._require_to_share(kv)
         return OrtPrefix([layer[:, : kv.length] for layer in kv.own])
 
     def load_prefix(self, layers: Sequence[F32]) -> OrtPrefix:
-        own, length = self._opened(), layers[0].shape[1] if len(layers) and layers[0].ndim == 4 else 0
-        shape = (2, length, own.kv_heads, own.head_width)
-        if len(layers) != own.count or any(x.shape != shape or x.dtype != np.float32 for x in layers):
-            found = sorted({f"{x.dtype} {list(x.shape)}" for x in layers})
-            raise ValueError(f"a prefix of {len(layers)} layers ({', '.join(found)}), expected {own.count} of {shape}")
-        if not 1 <= length < self.spec.context_length:
-            raise ValueError(f"a prefix of {length} tokens in a context of {self.spec.context_length}")
+        own = self._opened()
+        self._require_layers(layers, own.count, own.kv_heads, own.head_width)
         return OrtPrefix(layers)
 
     def embed(self, token_ids: NDArray[np.int64]) -> F32:
@@ -108,7 +100,7 @@ class OrtDecoder(Decoder):
             return self._opened().embed(token_ids)
 
     def extend(self, chunks: Sequence[Chunk]) -> list[F32]:
-        self._require_room(chunks)
+        self._require_fit(chunks)
         layers, run = self._opened(), LayersRun(chunks)
         with plain_failure("llm"):
             for i in range(layers.count + 1):
@@ -117,16 +109,6 @@ class OrtDecoder(Decoder):
             logits = layers.head(rows) if len(rows) else np.empty((0, self.spec.vocab_size), np.float32)
         run.commit()
         return np.split(logits, np.cumsum([c.logits for c in chunks])[:-1])
-
-    def _require_room(self, chunks: Sequence[Chunk]) -> None:
-        if not chunks or len({id(c.kv) for c in chunks}) < len(chunks):
-            raise ValueError("expected one chunk or more, each with a KV of its own")
-        for c in chunks:
-            new = len(c.embeds)
-            if new < 1 or c.kv.length + new > c.kv.capacity:
-                raise ValueError(f"{new} tokens after {c.kv.length} do not fit a KV of {c.kv.capacity}")
-            if not 0 <= c.logits <= new:
-                raise ValueError(f"logits of {c.logits} positions asked for, {new} are new")
 
     def _opened(self) -> OrtLayers:
         if self._layers is None:

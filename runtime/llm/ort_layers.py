@@ -55,26 +55,26 @@ class OrtKV(KV):
 
     def __init__(self, shape: tuple[int, int, int], capacity: int, prefix: OrtPrefix | None) -> None:
         self.prefix, self.capacity = prefix, capacity
-        self._shared = self.length = prefix.length if prefix is not None else 0
+        self.length = self.shared
         layers, kv_heads, head_width = shape
-        room = -(-(capacity - self._shared) // KEYS) * KEYS
+        room = -(-(capacity - self.shared) // KEYS) * KEYS
         dims = (layers, 2, room, kv_heads, head_width)
         memory = mmap.mmap(-1, max(1, 4 * int(np.prod(dims))))
         self.own = np.frombuffer(memory, np.float32, count=int(np.prod(dims))).reshape(dims)
 
     @property
     def nbytes(self) -> int:
-        return (self.length - self._shared) * self.own[:, :, :1].nbytes
+        return (self.length - self.shared) * self.own[:, :, :1].nbytes
 
     def write(self, layer: int, start: int, k: F32, v: F32) -> None:
         """k, v [T, kv_heads * D] of the tokens from position `start` on. `length` is the caller's to set."""
-        rows = slice(start - self._shared, start - self._shared + len(k))
+        rows = slice(start - self.shared, start - self.shared + len(k))
         for part, new in enumerate((k, v)):
             self.own[layer, part, rows] = new.reshape(-1, *self.own.shape[3:])
 
     def read(self, layer: int, end: int) -> tuple[F32, F32]:
         """Keys and values of its own tokens before position `end`, and what follows up to a multiple of KEYS."""
-        rows = -(-(end - self._shared) // KEYS) * KEYS
+        rows = -(-(end - self.shared) // KEYS) * KEYS
         return self.own[layer, 0, :rows], self.own[layer, 1, :rows]
 
 
@@ -141,9 +141,9 @@ class OrtLayers:
     def linear(self, i: int, feeds: Mapping[str, NDArray[Any]]) -> dict[str, F32]:
         """The graph between two attentions, see llama_layers.LayerGraph."""
         session = self._session(self._role(layer_role(i), len(feeds["x"])))
-        wanted = {x.name for x in session.get_inputs()}
-        names = [x.name for x in session.get_outputs()]
-        return dict(zip(names, session.run(names, {n: x for n, x in feeds.items() if n in wanted}), strict=True))
+        names = [*(["y"] if i > 0 else []), *(["q", "k", "v"] if i < self.count else [])]
+        wanted = ("x", *(["attended"] if i > 0 else []), *(["position"] if i < self.count else []))
+        return dict(zip(names, session.run(names, {n: feeds[n] for n in wanted}), strict=True))
 
     def attend_prefix(self, q: F32, keys: F32) -> list[F32]:
         """q [rows, heads * D], keys and values [2, P, kv_heads, D] -> the three parts that `attend_own` joins."""
@@ -163,7 +163,7 @@ class OrtLayers:
         groups, found = self.heads // self.kv_heads, []
         for at in _pieces(len(q)):
             k, v = kv.read(layer, start + at.stop)
-            seen = np.array([start + at.start + 1 - (kv.prefix.length if kv.prefix else 0)], np.int64)
+            seen = np.array([start + at.start + 1 - kv.shared], np.int64)
             rows = slice(at.start * groups, at.stop * groups)
             weighted, top, total = (np.ascontiguousarray(x[:, rows]) for x in shared)
             feeds = {"q": q[at], "k": k, "v": v, "seen": seen, "weighted": weighted, "top": top, "total": total}
@@ -198,10 +198,12 @@ class LayersRun:
             [np.arange(s, s + len(c.embeds)) for c, s in zip(chunks, self._starts, strict=True)]
         ).astype(np.int64)
         self._attended: F32 | None = None
-        self._groups: dict[int, list[int]] = {}  # chunks that share a prefix, by its identity
+        self._groups: dict[
+            int, tuple[PrefixKV, list[int]]
+        ] = {}  # by its identity, a prefix and the chunks that have it
         for i, chunk in enumerate(chunks):
             if chunk.kv.prefix is not None:
-                self._groups.setdefault(id(chunk.kv.prefix), []).append(i)
+                self._groups.setdefault(id(chunk.kv.prefix), (chunk.kv.prefix, []))[1].append(i)
 
     def through(self, layers: OrtLayers, i: int) -> None:
         """From the attention of layer i - 1 through that of layer i."""
@@ -235,10 +237,7 @@ class LayersRun:
     def _attend_prefixes(self, layers: OrtLayers, layer: int, q: F32) -> dict[int, list[F32]]:
         """Each prefix once for all rows that have it -> by chunk."""
         found, groups = {}, layers.heads // layers.kv_heads
-        for members in self._groups.values():
-            prefix = own_kv(self.chunks[members[0]].kv).prefix
-            if prefix is None:
-                continue
+        for prefix, members in self._groups.values():
             rows = np.concatenate([q[self._rows[i]] for i in members]) if len(members) < len(self.chunks) else q
             parts, at = layers.attend_prefix(rows, prefix.layers()[layer]), 0
             for i in members:

@@ -53,9 +53,7 @@ class TorchDecoder(Decoder):
         self._model = None
 
     def new_kv(self, capacity: int, prefix: PrefixKV | None = None) -> TorchKV:
-        shared = 0 if prefix is None else prefix.length
-        if not shared < capacity <= self.spec.context_length:
-            raise ValueError(f"KV capacity is {capacity}, expected {shared + 1}..{self.spec.context_length} tokens")
+        self._require_capacity(capacity, prefix)
         if prefix is not None and not isinstance(prefix, TorchPrefix):
             raise TypeError(f"prefix is a {type(prefix).__name__}, expected this decoder's own TorchPrefix")
         c = self._config
@@ -63,20 +61,12 @@ class TorchDecoder(Decoder):
 
     def freeze(self, kv: KV) -> TorchPrefix:
         kv = _own(kv)
-        if kv.prefix is not None or kv.length == 0:
-            raise ValueError("a KV to be shared holds tokens, all of them its own")
+        self._require_to_share(kv)
         return TorchPrefix([slab[:, : kv.length] for slab in kv.slabs])
 
     def load_prefix(self, layers: Sequence[F32]) -> TorchPrefix:
-        c, length = self._config, layers[0].shape[1] if len(layers) and layers[0].ndim == 4 else 0
-        shape = (2, length, c["kv_heads"], c["head_width"])
-        if len(layers) != c["layers"] or any(x.shape != shape or x.dtype != np.float32 for x in layers):
-            found = sorted({f"{x.dtype} {list(x.shape)}" for x in layers})
-            raise ValueError(
-                f"a prefix of {len(layers)} layers ({', '.join(found)}), expected {c['layers']} of {list(shape)}"
-            )
-        if not 1 <= length < self.spec.context_length:
-            raise ValueError(f"a prefix of {length} tokens in a context of {self.spec.context_length}")
+        c = self._config
+        self._require_layers(layers, c["layers"], c["kv_heads"], c["head_width"])
         return TorchPrefix.of(layers)
 
     def embed(self, token_ids: NDArray[np.int64]) -> F32:
@@ -93,18 +83,6 @@ class TorchDecoder(Decoder):
         for c in chunks:
             c.kv.length += len(c.embeds)
         return np.split(logits, np.cumsum([c.logits for c in chunks])[:-1])
-
-    def _require_fit(self, chunks: Sequence[Chunk]) -> None:
-        if not chunks or len({id(c.kv) for c in chunks}) < len(chunks):
-            raise ValueError("expected one chunk or more, each with a KV of its own")
-        for c in chunks:
-            new, kv = len(c.embeds), _own(c.kv)
-            if c.embeds.ndim != 2 or c.embeds.shape[1] != self.spec.hidden_size:
-                raise ValueError(f"embeds are {list(c.embeds.shape)}, expected [tokens, {self.spec.hidden_size}]")
-            if new < 1 or kv.length + new > kv.capacity:
-                raise ValueError(f"{new} tokens after {kv.length} do not fit a KV of {kv.capacity}")
-            if not 0 <= c.logits <= new:
-                raise ValueError(f"logits of {c.logits} positions asked for, {new} are new")
 
     def _opened(self) -> TorchLlama:
         if self._model is None:

@@ -43,12 +43,12 @@ class TorchKV(KV):
         self, layers: int, kv_heads: int, head_width: int, capacity: int, prefix: TorchPrefix | None = None
     ) -> None:
         self.prefix, self.capacity = prefix, capacity
-        self._shared = self.length = prefix.length if prefix is not None else 0
+        self.length = self.shared
         self.slabs = [torch.empty((2, 0, kv_heads, head_width)) for _ in range(layers)]
 
     @property
     def own_length(self) -> int:
-        return self.length - self._shared
+        return self.length - self.shared
 
     @property
     def nbytes(self) -> int:
@@ -59,7 +59,7 @@ class TorchKV(KV):
         needed = self.own_length + new
         if needed <= self.slabs[0].shape[1]:
             return
-        room = min(-(-needed // GROWTH) * GROWTH, self.capacity - self._shared)
+        room = min(-(-needed // GROWTH) * GROWTH, self.capacity - self.shared)
         grown = []
         for slab in self.slabs:
             larger = slab.new_empty((2, room, *slab.shape[2:]))

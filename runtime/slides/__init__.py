@@ -6,7 +6,7 @@
         for batch in iter_tiles(reader, grid, plan, batch_size=32):
             ...
 
-OpenSlide and Pillow are imported when a slide is opened, not with this package.
+OpenSlide and Pillow are imported when a slide is opened, not with this package, and what writes slides is in `synth`.
 """
 
 from wsi_rt.runtime.slides.cohort import FailedSlide, SlideBatch, iter_slide_batches
@@ -14,7 +14,6 @@ from wsi_rt.runtime.slides.grid import ReadPlan, plan_reads
 from wsi_rt.runtime.slides.open import READER_NAMES, open_slide
 from wsi_rt.runtime.slides.reader import Level, SlideReader
 from wsi_rt.runtime.slides.regions import Regions, read_regions
-from wsi_rt.runtime.slides.synth import write_synth_slide
 from wsi_rt.runtime.slides.tiles import iter_tiles, read_tile
 from wsi_rt.runtime.slides.tissue import TissueMask, find_tissue, otsu_threshold
 from wsi_rt.runtime.slides.tissue_tiles import select_tiles, selection_notes
@@ -38,5 +37,4 @@ __all__ = [
     "read_tile",
     "select_tiles",
     "selection_notes",
-    "write_synth_slide",
 ]

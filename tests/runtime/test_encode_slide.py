@@ -18,7 +18,7 @@ from wsi_rt.runtime.engines.base import Engine
 from wsi_rt.runtime.errors import InputError, SlideError
 from wsi_rt.runtime.features import read_tile_features, write_tile_features, write_tile_grid
 from wsi_rt.runtime.features.coords import read_coords
-from wsi_rt.runtime.slides import write_synth_slide
+from wsi_rt.runtime.slides.synth import write_synth_slide
 from wsi_rt.runtime.timing import Stopwatch
 
 WIDTH, HEIGHT = 1024, 768  # 4 x 3 tiles, stored as they are cut

@@ -14,7 +14,8 @@ from PIL import Image
 
 from wsi_rt.runtime.config import SlideSettings
 from wsi_rt.runtime.features.coords import read_coords
-from wsi_rt.runtime.slides import find_tissue, open_slide, plan_reads, select_tiles, write_synth_slide
+from wsi_rt.runtime.slides import find_tissue, open_slide, plan_reads, select_tiles
+from wsi_rt.runtime.slides.synth import write_synth_slide
 
 Command = Callable[..., Any]
 FILES = ["overlay.png", "tiles.h5", "tissue.geojson"]

@@ -13,8 +13,8 @@ from wsi_rt.benchmarks.tiles import limit, run
 from wsi_rt.benchmarks.tiles.cases import CASES, LIMIT, OURS, REFERENCE, Case, chosen
 from wsi_rt.benchmarks.tiles.work import WARM_UP, Work, make_slide, plan_work
 from wsi_rt.runtime.errors import InputError, SlideError
-from wsi_rt.runtime.slides import open_slide, write_synth_slide
-from wsi_rt.runtime.slides.synth import SlideSpec
+from wsi_rt.runtime.slides import open_slide
+from wsi_rt.runtime.slides.synth import SlideSpec, write_synth_slide
 
 SPEC = {"width": 4096, "height": 2560, "tissue": 0.9, "levels": (1,)}
 

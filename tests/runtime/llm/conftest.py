@@ -38,7 +38,7 @@ class NumpyKV(KV):
 
     def __init__(self, capacity: int, prefix: NumpyPrefix | None) -> None:
         self.prefix, self.capacity = prefix, capacity
-        self.shared = self.length = prefix.length if prefix else 0
+        self.length = self.shared
         self.own = np.full((LAYERS, 2, capacity - self.shared, KV_HEADS, WIDTH), np.nan, np.float32)
 
     @property

@@ -11,9 +11,10 @@ import pytest
 from numpy.typing import NDArray
 
 from wsi_rt.runtime.config import SlideSettings
-from wsi_rt.runtime.slides import Level, SlideReader, write_synth_slide
+from wsi_rt.runtime.slides import Level, SlideReader
 from wsi_rt.runtime.slides.prefetch import THREAD_NAME
 from wsi_rt.runtime.slides.reader import DeclaredMpp
+from wsi_rt.runtime.slides.synth import write_synth_slide
 
 DATA = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "slides"
 

@@ -14,9 +14,10 @@ import pytest
 
 from wsi_rt.runtime.config import SlideSettings
 from wsi_rt.runtime.errors import SlideError
-from wsi_rt.runtime.slides import SlideReader, find_tissue, open_slide, plan_reads, select_tiles, write_synth_slide
+from wsi_rt.runtime.slides import SlideReader, find_tissue, open_slide, plan_reads, select_tiles
 from wsi_rt.runtime.slides.cohort import FailedSlide, SlideBatch, iter_slide_batches
 from wsi_rt.runtime.slides.grid import ReadPlan
+from wsi_rt.runtime.slides.synth import write_synth_slide
 from wsi_rt.runtime.types import TileGrid
 
 Threads = Callable[[], list[str]]

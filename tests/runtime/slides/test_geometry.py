@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from wsi_rt.runtime.config import SlideSettings
 from wsi_rt.runtime.errors import SlideError
-from wsi_rt.runtime.slides import iter_tiles, open_slide, plan_reads, write_synth_slide
+from wsi_rt.runtime.slides import iter_tiles, open_slide, plan_reads
+from wsi_rt.runtime.slides.synth import write_synth_slide
 from wsi_rt.runtime.types import TileGrid
 
 WIDTH, HEIGHT = 2400, 1328  # level-0 px

@@ -18,8 +18,8 @@ from PIL import Image
 
 from wsi_rt.runtime.config import SlideSettings
 from wsi_rt.runtime.errors import SlideError
-from wsi_rt.runtime.slides import SlideReader, open_slide, write_synth_slide
-from wsi_rt.runtime.slides.synth import SlideSpec
+from wsi_rt.runtime.slides import SlideReader, open_slide
+from wsi_rt.runtime.slides.synth import SlideSpec, write_synth_slide
 
 Region = tuple[tuple[int, int], int, tuple[int, int]]  # xy0, level, (w, h)
 PLAIN: dict[str, Any] = {"width": 910, "height": 670, "tissue": 0.6}

@@ -16,8 +16,9 @@ import tifffile
 
 from wsi_rt.runtime.config import SlideSettings
 from wsi_rt.runtime.errors import MachineError, SlideError
-from wsi_rt.runtime.slides import open_slide, write_synth_slide
+from wsi_rt.runtime.slides import open_slide
 from wsi_rt.runtime.slides.reader import DeclaredMpp, fingerprint, resolve_mpp
+from wsi_rt.runtime.slides.synth import write_synth_slide
 
 
 def on_white(path: Path, xy0: tuple[int, int], level: int, size: tuple[int, int]) -> np.ndarray:

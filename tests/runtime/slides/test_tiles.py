@@ -23,10 +23,9 @@ from wsi_rt.runtime.slides import (
     plan_reads,
     read_tile,
     select_tiles,
-    write_synth_slide,
 )
 from wsi_rt.runtime.slides.grid import ReadPlan
-from wsi_rt.runtime.slides.synth import SlideSpec
+from wsi_rt.runtime.slides.synth import SlideSpec, write_synth_slide
 from wsi_rt.runtime.slides.synth.tiff import PyramidWriter
 from wsi_rt.runtime.types import TileGrid
 

@@ -23,8 +23,8 @@ from wsi_rt.runtime.slides import (
     selection_notes,
     tissue_artefacts,
     tissue_read,
-    write_synth_slide,
 )
+from wsi_rt.runtime.slides.synth import write_synth_slide
 from wsi_rt.runtime.types import TileGrid
 
 Make = Callable[..., SlideReader]

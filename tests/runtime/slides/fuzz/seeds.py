@@ -45,7 +45,7 @@ class Seed:
 def write_seeds(folder: Path) -> list[Seed]:
     from PIL import Image
 
-    from wsi_rt.runtime.slides import write_synth_slide
+    from wsi_rt.runtime.slides.synth import write_synth_slide
     from wsi_rt.runtime.slides.synth.stain import TissuePainter
 
     tiff: tuple[str | None, ...] = (None, None, "openslide")

@@ -13,9 +13,10 @@ import tifffile
 
 from wsi_rt.runtime.config import SlideSettings
 from wsi_rt.runtime.errors import SlideError
-from wsi_rt.runtime.slides import SlideReader, open_slide, write_synth_slide
+from wsi_rt.runtime.slides import SlideReader, open_slide
 from wsi_rt.runtime.slides.readers.tiff import TiffReader
 from wsi_rt.runtime.slides.readers.tiff_index import TiffError
+from wsi_rt.runtime.slides.synth import write_synth_slide
 
 OPENSLIDE = SlideSettings(reader="openslide")
 

@@ -12,9 +12,10 @@ import tifffile
 from PIL import ImageCms
 
 from wsi_rt.runtime.config import SlideSettings
-from wsi_rt.runtime.slides import SlideReader, open_slide, write_synth_slide
+from wsi_rt.runtime.slides import SlideReader, open_slide
 from wsi_rt.runtime.slides.readers import tiff
 from wsi_rt.runtime.slides.readers.tiff import TiffReader
+from wsi_rt.runtime.slides.synth import write_synth_slide
 from wsi_rt.runtime.slides.worker import WorkerReader
 
 FACTS = ("levels", "size0", "declared_mpp", "mpp0", "mpp_source", "notes", "background", "icc", "associated", "bounds0",

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import tifffile
 
-from wsi_rt.runtime.slides import write_synth_slide
 from wsi_rt.runtime.slides.readers.tiff_index import TiffError, TiffFile
+from wsi_rt.runtime.slides.synth import write_synth_slide
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ import tifffile
 
 from wsi_rt.runtime.config import SlideSettings
 from wsi_rt.runtime.errors import InputError, MachineError, SlideError
-from wsi_rt.runtime.slides import find_tissue, open_slide, plan_reads, select_tiles, write_synth_slide
-from wsi_rt.runtime.slides.synth import CODECS, SlideSpec
+from wsi_rt.runtime.slides import find_tissue, open_slide, plan_reads, select_tiles
+from wsi_rt.runtime.slides.synth import CODECS, SlideSpec, write_synth_slide
 from wsi_rt.runtime.slides.synth.stain import TissuePainter
 from wsi_rt.runtime.slides.synth.tiff import CLASSIC_LIMIT, PyramidWriter
 
