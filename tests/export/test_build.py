@@ -318,7 +318,14 @@ def test_a_full_disk_is_told_before_building(tmp_path, tiny_preset, monkeypatch)
 
 def start_build(out: Path, seed: int) -> subprocess.Popen:
     command = [*COMMAND, "--checkpoint", f"synthetic:nano?seed={seed}", "--out", str(out), "--force"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background jobs ignore Ctrl-C, and so would the build of tests that run in one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
