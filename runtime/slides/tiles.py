@@ -132,12 +132,14 @@ def iter_batches(
     """Batches of one slide after the other, read ahead across slides too; failures are in the batches.
 
     The next source is taken, in the caller's thread, once the last batch of the one before is being read: at that
-    moment `ahead_batches` are still to be handed out. A future among the sources is what the next one waits for:
-    until it is done, the batches that are read already are handed out. Memory and clean-up as in `iter_tiles`.
+    moment `ahead_batches` are still to be handed out, or UNIT_TILES tiles less: small batches are begun together, since
+    a reader that wakes up takes the caller's core, and the caller then waits for 2 ms. A future among the sources is
+    what the next one waits for: until it is done, the batches that are read already are handed out. Memory and
+    clean-up as in `iter_tiles`.
     """
     pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix=THREAD_NAME)
     memory, pending = _BatchMemory(batch_size), deque[_Pending]()
-    ahead = ahead_batches(batch_size, threads)
+    ahead, together = ahead_batches(batch_size, threads), max(1, UNIT_TILES // batch_size)
     try:
         for source in sources:
             if isinstance(source, Future):
@@ -151,7 +153,8 @@ def iter_batches(
                     _begin(pool, source, start, memory.take(min(batch_size, len(source.grid) - start)), threads)
                 )
                 if len(pending) > ahead:
-                    yield pending.popleft().finish()
+                    for _ in range(together):
+                        yield pending.popleft().finish()
         while pending:
             yield pending.popleft().finish()
     finally:
