@@ -15,9 +15,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from wsi_rt.export.arch import LlamaConfig, config_json, linear_shapes
+from wsi_rt.export.arch import LlamaConfig, config_json
 from wsi_rt.export.component import build_component
-from wsi_rt.export.precision import WIDE, parse_precision, weight_bytes
+from wsi_rt.export.precision import parse_precision, weight_bytes, wide_bytes
 from wsi_rt.export.sources.checkpoint import Checkpoint, Sources, resolve
 from wsi_rt.export.sources.weights import Part
 from wsi_rt.export.targets import lowering
@@ -84,8 +84,9 @@ class BuildPlan:
         """Portable and lowered weights; the language model's graphs share one file."""
         parts = self.checkpoint.parts
         found = sum((1 if n == "llm" else 2) * weight_bytes(p.config, self.precision[n]) for n, p in parts.items())
-        wide = linear_shapes(parts["llm"].config).values() if self.request.fast and "llm" in parts else ()
-        return found + sum(WIDE.nbytes(shape) for shape in wide)
+        if self.request.fast and "llm" in parts:
+            found += wide_bytes(parts["llm"].config, self.precision["llm"])
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """What decides the bundle's contents; equal plans give equal bundles."""

@@ -17,8 +17,8 @@ from wsi_rt.export.graphs.linears import DequantisedLinears
 from wsi_rt.export.graphs.write import DECODER, MODEL, Component, write_graphs
 from wsi_rt.export.parity import Arrays, check_inputs, reference_outputs, write_check
 from wsi_rt.export.portable import run_portable
-from wsi_rt.export.precision import WIDE, format_of, formats, wide_formats
-from wsi_rt.export.quantise import BlockFormat, FormatOf
+from wsi_rt.export.precision import format_of, formats, wide_format_of, wide_formats
+from wsi_rt.export.quantise import FormatOf
 from wsi_rt.export.sensitive import sensitive_layers
 from wsi_rt.export.sources.stored import Compared, Stored, with_head
 from wsi_rt.export.sources.weights import Part
@@ -28,6 +28,7 @@ from wsi_rt.runtime.hashing import sha256_json
 from wsi_rt.runtime.manifest import Compiled, EngineManifest, TensorSpec
 from wsi_rt.runtime.parity import (
     GATES,
+    WIDE_GATE,
     WIDE_LOGITS,
     check_component,
     compare,
@@ -110,7 +111,7 @@ def hold_against_reference(
     rounding |= {"outputs": compare(outputs, whole.outputs).to_json()}
     rounding |= {"sensitive": component.sensitive.to_json()} if component.sensitive is not None else {}
     if wide:  # 8 bits in any case, so held against the checkpoint itself
-        layers |= {"wide": require_layers(config.component, whole.layers, GATES["int8"])}
+        layers |= {"wide": require_layers(config.component, whole.layers, WIDE_GATE)}
         outputs = {**outputs, WIDE_LOGITS: whole.outputs["logits"]}
     return outputs, layers, rounding
 
@@ -120,7 +121,7 @@ def open_component(part: Part, folder: Path, precision: str, fast: bool = False,
     the precision's format is measured. threads 0: torch's default."""
     folder.mkdir()
     c, source = part.config, with_head(part.config, part.source)
-    wide = WIDE if fast and isinstance(c, LlamaConfig) else None
+    wide = wide_format_of(precision) if fast and isinstance(c, LlamaConfig) else None
     choose = format_of(precision, c.component)
     component = Component(c, source, WeightFile(folder / "weights.data"), choose, wide)
     if not isinstance(c, ViTConfig) or precision == "fp32":
@@ -140,7 +141,7 @@ def compiled_entry(
     work: Path,
     config: ComponentConfig,
     precision: str,
-    wide: BlockFormat | None = None,
+    wide: FormatOf | None = None,
     choose: FormatOf | None = None,
 ) -> Compiled:
     """Its parity is not known yet. choose: each layer's format, where it is not the precision alone that says it."""
@@ -148,7 +149,7 @@ def compiled_entry(
         graphs={role: str(p.relative_to(work)) for role, p in lowered.graphs.items()},
         weights_dir=str(lowered.weights_dir.relative_to(work)),
         precision=precision,
-        formats=formats(config, precision, choose) | (wide_formats(config, wide) if wide else {}),
+        formats=formats(config, precision, choose) | (wide_formats(config, precision) if wide else {}),
         parity={},
         requires=lowered.requires,
     )

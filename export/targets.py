@@ -75,9 +75,8 @@ def _ort_cpu_llama(c: LlamaConfig, component: Component, folder: Path, style: St
     graphs = build_attention(c, weights, folder) | build_layers(c, source, weights, folder, style)
     build_embed(c, source, weights, graphs.setdefault(EMBED, folder / "embed.onnx"))
     if component.wide is not None:
-        wide = component.wide
         (folder / "wide").mkdir()
-        layers = build_layers(c, source, weights, folder / "wide", Style(FusedLinears(lambda _: wide)))
+        layers = build_layers(c, source, weights, folder / "wide", Style(FusedLinears(component.wide)))
         graphs |= {wide_role(role): path for role, path in layers.items()}
 
     def trajectory(inputs: Arrays, all_wide: bool = False) -> list[NDArray[np.float32]]:

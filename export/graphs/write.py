@@ -10,7 +10,7 @@ from wsi_rt.export.arch import ComponentConfig, LlamaConfig, LongNetConfig, Proj
 from wsi_rt.export.graphs import llama, projector, slide_encoder, tile_encoder
 from wsi_rt.export.graphs.builder import WeightFile
 from wsi_rt.export.graphs.layers import Style
-from wsi_rt.export.quantise import BlockFormat, FormatOf
+from wsi_rt.export.quantise import FormatOf
 from wsi_rt.export.sources.weights import WeightSource
 
 if TYPE_CHECKING:
@@ -22,14 +22,14 @@ EMBED, DECODER, MODEL = "embed", "decoder", "model"  # graph roles; the language
 @dataclass(frozen=True)
 class Component:
     """What all graphs of a component are written from. `weights`: the file that they share; a Linear that several
-    graphs store the same way is in it once. `wide`: the format in which a target also stores it for calls of many rows,
-    where it is to (`--fast`). `sensitive`: the layers that `format_of` keeps wider, where those were looked for."""
+    graphs store the same way is in it once. `wide`: how a target stores it a second time, for calls of many rows, if
+    it does (`--fast`). `sensitive`: the layers that `format_of` keeps wider, where those were looked for."""
 
     config: ComponentConfig
     source: WeightSource
     weights: WeightFile
     format_of: FormatOf
-    wide: BlockFormat | None = None
+    wide: FormatOf | None = None
     sensitive: Sensitive | None = None
 
 

