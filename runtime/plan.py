@@ -74,8 +74,7 @@ def plan_encode(
     before = held = max(resident_bytes(), measured.process_bytes) if held_bytes is None else held_bytes
     available = available_bytes() if available is None else available
     tile, slide = measured.tile_encoder, measured.slide_encoder if tokens else None
-    width = int(bundle.component("tile_encoder").config["width"]) if tile is not None else 0
-    held += tiles * (width * 4 + 16)  # features f32, coordinates
+    held += tiles * (_feature_width(bundle) * 4 + 16)  # features f32, coordinates
     stages, batch = [], 0
     if tile is not None:
         batch = _fitting_batch(tile, held, available)
@@ -91,6 +90,12 @@ def plan_encode(
         if name in ("tile_encoder", "slide_encoder") and bundle.target in c.targets
     }
     return EncodePlan(tiles, batch, tile.threads if tile else bundle.threads, precision, tuple(stages), available)
+
+
+def _feature_width(bundle: Bundle) -> int:
+    components = bundle.manifest.components
+    key = {"tile_encoder": "width", "slide_encoder": "in_width"}
+    return next((int(components[name].config[key[name]]) for name in key if name in components), 0)
 
 
 def _tile_bytes(cost: TileCost, batch: int) -> int:

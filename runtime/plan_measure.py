@@ -1,8 +1,8 @@
 """What the encoders of a bundle cost on this machine: measured once, kept beside the manifest.
 
 Not in it: a manifest is the same, byte for byte, for every build of a checkpoint, and a copied bundle meets another
-machine. Measured in a process of its own, since a heap that has been used hides what an engine takes; peaks of memory
-are the kernel's own (Linux, VmHWM), and 0 where there are none.
+machine. Each is measured in a process of its own, since a heap that has been used hides what an engine takes; peaks of
+memory are the kernel's own (Linux, VmHWM), and 0 where there are none.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -27,13 +27,15 @@ from wsi_rt.runtime.errors import WsiRtError
 from wsi_rt.runtime.types import TILE_PX
 
 FILE_NAME = ".measured.json"
+ENCODERS = ("tile_encoder", "slide_encoder")
 BATCHES = (1, 2, 4, 8, 16, 32)
 GOOD_ENOUGH = 1.03  # a smaller batch within 3 % of the best: less memory, the first tiles earlier
 WORSE = 1.10  # no larger batch is tried beyond this
 SECONDS = 20.0  # of measuring one number of threads; what is begun is finished
 RUNS = 3
 LONG = 1.0  # seconds; a run that takes longer is not repeated
-SLIDE_TILES = (576, 1152, 2304)  # a constant, a cost per tile and one per pair are to be told apart
+SLIDE_TILES = (576, 1152, 2304, 4608, 9216)  # a constant, a cost per tile and one per pair are to be told apart
+SLIDE_SECONDS = 20.0  # the first three aside, no slide is begun that twice the last one's time puts beyond this
 
 
 @dataclass(frozen=True)
@@ -89,32 +91,44 @@ def stored(bundle: Bundle) -> Measured | None:
 
 
 def measure(bundle: Bundle) -> Measured:
-    """Measure what the bundle has of encoders, in a process of its own, and keep it where the folder can be written.
+    """Measure what the bundle has of encoders, each in a process of its own, and keep it where the folder can be
+    written.
 
-    Raises WsiRtError when that process fails.
+    Raises WsiRtError when such a process fails.
     """
-    command = [sys.executable, "-m", "wsi_rt.runtime.plan_measure", str(bundle.root), str(bundle.threads)]
-    done = subprocess.run([*command, bundle.target], capture_output=True, text=True, check=False)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no word"])[-1]
-        raise WsiRtError(f"{bundle.root}: its engines cannot be measured ({reason}); check them: wsi-rt verify")
-    measured = _from_json(json.loads(done.stdout))
+    measured = Measured(this_machine(bundle.target))
+    for name in ENCODERS:
+        if name in bundle.manifest.components:
+            found = _from_json(json.loads(_measure_apart(bundle, name)))
+            tile = found.tile_encoder or measured.tile_encoder
+            slide = found.slide_encoder or measured.slide_encoder
+            measured = replace(found, tile_encoder=tile, slide_encoder=slide)
     _keep(bundle, measured)
     return measured
 
 
-def measure_here(bundle: Bundle) -> Measured:
-    """As `measure`, in this process; nothing is kept."""
+def _measure_apart(bundle: Bundle, name: str) -> str:
+    command = [sys.executable, "-m", "wsi_rt.runtime.plan_measure", str(bundle.root), str(bundle.threads)]
+    done = subprocess.run([*command, bundle.target, name], capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no word"])[-1]
+        raise WsiRtError(f"{bundle.root}: its {name} cannot be measured ({reason}); check it: wsi-rt verify")
+    return done.stdout
+
+
+def measure_here(bundle: Bundle, name: str) -> Measured:
+    """One of ENCODERS, in this process; nothing is kept."""
     # What a run has imported.
     import onnxruntime  # noqa: F401
 
     import wsi_rt.runtime.pipeline
     import wsi_rt.runtime.slides  # noqa: F401
 
-    components, held = bundle.manifest.components, resident_bytes()
-    tile = _measure_tiles(bundle) if "tile_encoder" in components else None
-    slide = _measure_slides(bundle) if "slide_encoder" in components else None
-    return Measured(this_machine(bundle.target), held, tile, slide)
+    held = resident_bytes()
+    found = Measured(this_machine(bundle.target), held)
+    if name == "tile_encoder":
+        return replace(found, tile_encoder=_measure_tiles(bundle))
+    return replace(found, slide_encoder=_measure_slides(bundle))
 
 
 def _from_json(data: Mapping[str, Any]) -> Measured:
@@ -186,10 +200,13 @@ def _measure_slides(bundle: Bundle) -> SlideCost:
     added: dict[int, int] = {}
     with _Watch(bundle, "slide_encoder", bundle.threads) as watch:
         for tiles in SLIDE_TILES:
+            if len(seconds) >= 3 and 2 * seconds[max(seconds)] > SLIDE_SECONDS:
+                break
             index, side = np.arange(tiles), int(tiles**0.5) + 1
             positions = np.stack([index % side, index // side], axis=1).astype(np.int64)
             features = np.random.default_rng(0).standard_normal((tiles, width), np.float32)
-            seconds[tiles], added[tiles] = watch.run({"features": features, "positions": positions})
+            # Once, as a user's slide is: buffers that are there already make it a tenth faster.
+            seconds[tiles], added[tiles] = watch.run({"features": features, "positions": positions}, runs=1)
         return SlideCost(bundle.threads, seconds, watch.open_bytes, added)
 
 
@@ -209,12 +226,12 @@ class _Watch:
     def __exit__(self, *_: object) -> None:
         self._engine.close()
 
-    def run(self, inputs: Mapping[str, Any]) -> tuple[float, int]:
-        """Seconds of the fastest of three runs (one, where that takes long), and bytes at most beyond those of the open
+    def run(self, inputs: Mapping[str, Any], runs: int = RUNS) -> tuple[float, int]:
+        """Seconds of the fastest of some runs (one, where that takes long), and bytes at most beyond those of the open
         engine and its inputs, buffers that it keeps for the next run included."""
         took = float("inf")
         extra = _reset_peak() - self._opened - sum(x.nbytes for x in inputs.values())  # kept from smaller runs
-        for _ in range(RUNS):
+        for _ in range(runs):
             started = perf_counter()
             self._engine.run(inputs)
             took = min(took, perf_counter() - started)
@@ -264,5 +281,5 @@ def line_through(points: Mapping[int, float], at: int) -> float:
 
 
 if __name__ == "__main__":
-    folder, threads, target = sys.argv[1:]
-    sys.stdout.write(json.dumps(asdict(measure_here(Bundle.open(folder, int(threads), target)))))
+    folder, threads, target, encoder = sys.argv[1:]
+    sys.stdout.write(json.dumps(asdict(measure_here(Bundle.open(folder, int(threads), target), encoder))))

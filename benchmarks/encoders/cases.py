@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 REFERENCE, OURS, INT8, LIMIT = "reference", "wsi-rt", "wsi-rt:int8", "limit"
 PROVIDERS = (REFERENCE, OURS, INT8)
-TILES = {"slide-1000": 1_000, "slide-10000": 10_000, "slide-50000": 50_000}
+TILES = {f"slide-{n}": n for n in (1_000, 3_000, 10_000, 20_000, 50_000)}
 # Runs in one process, the first not timed, in each round.
 RUNS, ROUNDS, QUICK_ROUNDS = 2, 3, 1
+LONG = 20_000  # tiles from which one run is timed, once, cold: it takes minutes
 QUICK = ("slide-1000",)
 
 
@@ -29,6 +30,11 @@ def chosen(names: Sequence[str], quick: bool) -> tuple[str, ...]:
         if name not in known:
             raise InputError(f"--case is {name!r}, expected one of: {', '.join(known)}")
     return tuple(n for n in names if n in TILES) if names else (QUICK if quick else tuple(TILES))
+
+
+def repeats(case: str, rounds: int) -> tuple[int, int]:
+    """(rounds, runs in each)."""
+    return (1, 1) if TILES[case] >= LONG else (rounds, RUNS)
 
 
 def slide(c: LongNetConfig, tiles: int) -> dict[str, np.ndarray]:

@@ -25,16 +25,18 @@ from wsi_rt.benchmarks.encoders.cases import (
     QUICK_ROUNDS,
     REFERENCE,
     ROUNDS,
-    RUNS,
     TILES,
     attention_flops,
     chosen,
     linear_flops,
+    repeats,
 )  # fmt: skip
 from wsi_rt.benchmarks.encoders.tile import TileBench, tile_cases
 from wsi_rt.benchmarks.report import Outcome, Row, percentiles
+from wsi_rt.runtime.bundle import Bundle
 from wsi_rt.runtime.errors import EngineMismatchError, InputError, WsiRtError
 from wsi_rt.runtime.parity import row_cosines
+from wsi_rt.runtime.plan_measure import measure as measure_engines
 
 if TYPE_CHECKING:
     from wsi_rt.export.arch import LongNetConfig
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 
 PRESET, QUICK_PRESET = "wsi-llava-7b", "nano"
 PRECISIONS = {OURS: "fp32", INT8: "int8"}
+PLANNED, FIRST = "what wsi-rt plan says", "of the first run of a process, as a user's is"
 MAX_ERROR, MIN_COSINE = 2e-4, 0.999  # of slide tokens in fp32 (SPEC 10), and in int8
 Progress = Callable[[str, int, int], None]
 
@@ -67,7 +70,7 @@ def bench_encoders(
     """Raises InputError, and WsiRtError where a bundle cannot be built."""
     preset, rounds = (QUICK_PRESET, QUICK_ROUNDS) if quick else (PRESET, ROUNDS)
     plan = Plan(chosen(names, quick), preset, cache, threads, rounds)
-    total, done = 2 + len(plan.cases) * len(PROVIDERS) * rounds + 1, 0
+    total, done = 2 + sum(repeats(case, rounds)[0] for case in plan.cases) * len(PROVIDERS) + 1, 0
 
     def step(what: str) -> None:
         nonlocal done
@@ -78,10 +81,10 @@ def bench_encoders(
     for provider, precision in PRECISIONS.items() if plan.cases else ():
         step(f"build {precision}")
         bundles[provider] = build(plan, precision)
+        measure_engines(Bundle.open(bundles[provider], threads))  # in this very run, whatever is known of them
     c, _ = source_of(plan.word)
     for case in plan.cases:
         outcome.rows += bench_case(plan, c, case, bundles, outcome, step)
-    outcome.rows += _predicted(c, outcome.rows)
     tiles = TileBench(plan.word, cache, threads, quick, measure, partial(build, plan))
     for case in tile_cases(names, quick):
         outcome.rows += tiles.run(case, step)
@@ -133,23 +136,25 @@ def bench_case(
 ) -> list[Row]:
     """The rows of one case."""
     samples: dict[str, list[float]] = defaultdict(list)
-    peaks: dict[str, float] = {}
+    last: dict[str, dict[str, Any]] = {}
     skipped: dict[str, str] = {}
     gate: list[Row] = []
+    rounds, runs = repeats(case, plan.rounds)
     with TemporaryDirectory() as aside:
-        for turn in range(plan.rounds):
+        for turn in range(rounds):
             for provider in PROVIDERS:
                 step(f"{case}: {provider}")
                 if provider in skipped:
                     continue
                 tokens = Path(aside) / f"{PROVIDERS.index(provider)}.npy"
                 job = {"provider": provider, "tiles": TILES[case], "word": plan.word, "tokens": str(tokens)}
-                found = measure({**job, "bundle": str(bundles.get(provider, "")), "runs": RUNS}, plan.threads, aside)
+                found = measure({**job, "bundle": str(bundles.get(provider, "")), "runs": runs}, plan.threads, aside)
                 if "skipped" in found:
                     skipped[provider] = found["skipped"]
                     continue
                 samples[provider] += found["seconds"]
-                peaks[provider] = max(peaks.get(provider, 0.0), found["peak_rss_bytes"])
+                peak = last.get(provider, found)["peak_rss_bytes"]
+                last[provider] = {**found, "peak_rss_bytes": max(peak, found["peak_rss_bytes"])}
                 if turn == 0 and provider != REFERENCE:
                     rows, why = _gate(plan, case, provider, tokens, Path(aside) / f"{PROVIDERS.index(REFERENCE)}.npy")
                     gate += rows
@@ -159,7 +164,7 @@ def bench_case(
     outcome.broken += [
         f"{case}: {p}: {why}" for p, why in skipped.items() if not any(f"{p}: {why}" in red for red in outcome.red)
     ]
-    return gate + _rows(plan, c, case, samples, peaks, skipped)
+    return gate + _rows(plan, c, case, samples, last, skipped)
 
 
 def _gate(plan: Plan, case: str, provider: str, path: Path, reference: Path) -> tuple[list[Row], str | None]:
@@ -187,9 +192,10 @@ def _rows(
     c: LongNetConfig,
     case: str,
     samples: dict[str, list[float]],
-    peaks: dict[str, float],
+    last: dict[str, dict[str, Any]],
     skipped: dict[str, str],
 ) -> list[Row]:
+    """last: by provider, its last process, with the largest peak of all of them."""
     rows = []
     flops = linear_flops(c, TILES[case]) + attention_flops(c, TILES[case])
     base = float(np.median(samples[REFERENCE])) if samples[REFERENCE] else None
@@ -202,25 +208,18 @@ def _rows(
         rows.append(row("seconds", "s", **percentiles(seconds)))
         rows.append(row("tiles_per_s", "1/s", **percentiles([TILES[case] / s for s in seconds])))
         rows.append(row("gflops", "GFLOP/s", **percentiles([flops / s / 1e9 for s in seconds])))
-        rows.append(row("peak_rss_bytes", "B", p50=peaks[provider], n=plan.rounds))
+        peak = last[provider]["peak_rss_bytes"]
+        rows.append(row("peak_rss_bytes", "B", p50=peak, n=repeats(case, plan.rounds)[0]))
         if provider != REFERENCE and base is not None:
             rows.append(row("speedup", "x", **percentiles([base / s for s in seconds])))
+        if "planned_seconds" in last[provider]:
+            found = last[provider]
+            rows.append(row("planned_seconds", "s", p50=found["planned_seconds"], note=PLANNED))
+            rows.append(row("over_planned", "x", p50=found["first_seconds"] / found["planned_seconds"], note=FIRST))
+            rows.append(row("planned_bytes", "B", p50=found["planned_bytes"], note=PLANNED))
+            over = found["first_peak_bytes"] / found["planned_bytes"]
+            rows.append(row("bytes_over_planned", "x", p50=over, note=FIRST))
     return rows
-
-
-def _predicted(c: LongNetConfig, rows: Sequence[Row]) -> list[Row]:
-    """Every case of ours over what the arithmetic of slide-10000, at the rate measured there, predicts."""
-    measured = {(r.case, r.provider): r for r in rows if r.metric == "seconds" and r.p50 is not None}
-    base, found = "slide-10000", []
-    work = {case: linear_flops(c, n) + attention_flops(c, n) for case, n in TILES.items()}
-    for (case, provider), row in measured.items():
-        at = measured.get((base, provider))
-        if at is None or at.p50 is None or row.p50 is None or provider == REFERENCE:
-            continue
-        ratio = row.p50 / (at.p50 * work[case] / work[base])
-        note = "seconds over those that the arithmetic predicts at the rate of slide-10000"
-        found.append(Row("encoders", case, provider, "over_predicted", "x", row.threads, p50=ratio, note=note))
-    return found
 
 
 def _limits(plan: Plan) -> list[Row]:

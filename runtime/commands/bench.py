@@ -73,19 +73,27 @@ def llm(threads: int | None, as_json: bool, **chosen: Any) -> None:
     help="What is built once.",
 )
 @click.option("--quick", is_flag=True, help="1,000 tiles through a small encoder, one round: a trial, not a figure.")
+@click.option("--plot", type=click.Path(path_type=Path), help="The curve over tiles as a picture: .png, .svg or .pdf.")
 @THREADS
 @JSON
-def encoders(cases: tuple[str, ...], cache: Path, quick: bool, threads: int | None, as_json: bool) -> None:
+def encoders(
+    cases: tuple[str, ...], cache: Path, quick: bool, plot: Path | None, threads: int | None, as_json: bool
+) -> None:
     """The slide encoder on 1,000 to 50,000 tiles against the published way in eager torch and the machine's limits."""
     try:
+        from wsi_rt.benchmarks.encoders.plot import require_plots, write_curve
         from wsi_rt.benchmarks.encoders.run import bench_encoders
     except ImportError as e:
         raise MachineError(f"the bench needs {e.name}: pip install '.[export]' in a checkout of wsi-rt") from e
 
+    if plot is not None:
+        require_plots(plot)
     with Progress() as progress:
         found = bench_encoders(
             cases, quick=quick, cache=cache, threads=resolve_threads(threads), on_step=progress.update
         )
+    if plot is not None:
+        write_curve(found.rows, plot)
     _show(found, as_json)
 
 

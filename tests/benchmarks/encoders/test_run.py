@@ -14,7 +14,7 @@ pytest.importorskip("onnx", reason="the export extra is not installed")
 
 import torch
 
-from wsi_rt.benchmarks.encoders import cases, run
+from wsi_rt.benchmarks.encoders import cases, plot, run
 from wsi_rt.benchmarks.encoders.cases import INT8, OURS, REFERENCE, attention_flops, linear_flops
 from wsi_rt.benchmarks.encoders.published import PublishedSlideEncoder, dilated_attention
 from wsi_rt.benchmarks.encoders.run import Outcome, Plan, bench_case, build, source_of
@@ -63,26 +63,51 @@ def test_slides_are_distinct_tiles_row_by_row():
 
 
 def test_unknown_case_is_refused():
-    with pytest.raises(InputError, match="--case is 'slide-7', expected one of: slide-1000, slide-10000, slide-50000"):
+    with pytest.raises(InputError, match="--case is 'slide-7', expected one of: slide-1000, slide-3000, slide-10000"):
         cases.chosen(["slide-7"], False)
     assert cases.chosen([], True) == ("slide-1000",)
-    assert cases.chosen([], False) == ("slide-1000", "slide-10000", "slide-50000")
+    assert cases.chosen([], False) == ("slide-1000", "slide-3000", "slide-10000", "slide-20000", "slide-50000")
 
 
-def test_prediction_is_by_arithmetic_from_10000_tiles():
-    c = LongNetConfig(in_width=1536)
-    work = {n: linear_flops(c, n) + attention_flops(c, n) for n in (1_000, 10_000)}
-    rows = [Row("encoders", "slide-10000", OURS, "seconds", "s", 2, p50=20.0)]
-    rows += [Row("encoders", "slide-1000", OURS, "seconds", "s", 2, p50=3 * 20.0 * work[1_000] / work[10_000])]
-    rows += [Row("encoders", "slide-1000", REFERENCE, "seconds", "s", 2, p50=9.0)]
-    found = {(r.case, r.provider): r.p50 for r in run._predicted(c, rows)}
-    assert found == {("slide-10000", OURS): 1.0, ("slide-1000", OURS): pytest.approx(3.0)}
+def test_long_slides_are_run_once():
+    assert [cases.repeats(case, 3) for case in cases.chosen([], False)] == [(3, 2)] * 3 + [(1, 1)] * 2
+
+
+def curve(provider=OURS):
+    for case, n in cases.TILES.items():
+        for metric, unit, value in (
+            ("seconds", "s", n / 500), ("planned_seconds", "s", n / 450),
+            ("peak_rss_bytes", "B", 2e8 + 3e4 * n), ("planned_bytes", "B", 2.1e8 + 3e4 * n),
+        ):  # fmt: skip
+            yield Row("encoders", case, provider, metric, unit, 2, p50=value)
+
+
+def test_the_curve_is_a_picture(tmp_path):
+    pytest.importorskip("matplotlib", reason="the plots extra is not installed")
+    from PIL import Image
+
+    rows = [*curve(), *curve(INT8), Row("encoders", "slide-1000", REFERENCE, "seconds", "s", skipped="none")]
+    assert plot._points(rows, OURS, "seconds") == [(n, n / 500) for n in cases.TILES.values()]
+    assert plot._points(rows, REFERENCE, "seconds") == []
+    plot.write_curve(rows, tmp_path / "curve.png")
+    with Image.open(tmp_path / "curve.png") as image:
+        colours = {tuple(int(c[i : i + 2], 16) for i in (1, 3, 5)) for c in plot.COLOURS}
+        drawn = {colour for _, colour in image.convert("RGB").getcolors(1 << 24)}
+        assert image.size == (1500, 630)
+    assert drawn & colours == {(0x1D, 0x4E, 0xD8), (0xC2, 0x41, 0x0C)}, "a provider that did not run is not drawn"
+
+
+def test_a_picture_that_cannot_be_written_is_refused_before_the_bench(tmp_path, wsi_rt):
+    pytest.importorskip("matplotlib", reason="the plots extra is not installed")
+    for name, said in (("curve.txt", "expected a name that ends in .png"), ("no/curve.png", "mkdir -p")):
+        told = wsi_rt("bench", "encoders", "--quick", "--plot", tmp_path / name)
+        assert (told.code, said in told.err) == (2, True), told.err
 
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory) -> tuple[Plan, dict[str, Path]]:
     plan = Plan(("slide-1000",), "nano", tmp_path_factory.mktemp("cache"), 1, 1)
-    return plan, {provider: build(plan, precision) for provider, precision in run.PRECISIONS.items()}
+    return plan, {provider: build(plan, precision) for provider, precision in run.PRECISIONS.items()}  # measured, too
 
 
 @pytest.mark.slow
@@ -98,6 +123,10 @@ def test_a_whole_case(plan):
         assert metrics <= {m for p, m in found if p == provider}
         assert found[provider, "seconds"].p50 > 0
         assert 1e8 < found[provider, "peak_rss_bytes"].p50 < 2e9
+    for provider in (OURS, INT8):
+        assert 0.1 < found[provider, "over_planned"].p50 < 10, "the plan is of this engine and this many tiles"
+        assert 0.5 < found[provider, "bytes_over_planned"].p50 < 2
+    assert (REFERENCE, "planned_seconds") not in found
     assert found[OURS, "max_error"].p50 <= 2e-4
     assert 0.999 <= found[INT8, "min_cosine"].p50 < 0.9999999
     assert found[OURS, "peak_rss_bytes"].p50 < found[REFERENCE, "peak_rss_bytes"].p50, "no torch in our process"
@@ -127,10 +156,9 @@ def test_a_process_that_dies_is_told(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_gives_rows_of_the_common_form(tmp_path, capsys, monkeypatch):
+def test_the_command_gives_rows_of_the_common_form(tmp_path, capsys):
     from wsi_rt.runtime.cli import run as wsi_rt
 
-    monkeypatch.setitem(cases.TILES, "slide-1000", 60)
     assert wsi_rt(["bench", "encoders", "--quick", "--threads", "1", "--cache", str(tmp_path), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert {"machine", "versions", "commit", "rows"} <= set(shown)
