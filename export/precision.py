@@ -34,12 +34,12 @@ _SENSITIVE = ("v_proj", "o_proj", "down_proj", LM_HEAD)
 _ROWS = BlockFormat(bits=8, block=0, symmetric=True)
 _BY_ROWS = ("tile_encoder", "slide_encoder")
 # What such a layer gets, the first that does: 200 GOP/s a core in blocks of 128, 147 in blocks of 32, 105 in fp32.
-WIDER: tuple[BlockFormat | None, ...] = (BlockFormat(bits=8, block=128, symmetric=True), _INT8, None)
+_INT8_LONG = BlockFormat(bits=8, block=128, symmetric=True)
+WIDER: tuple[BlockFormat | None, ...] = (_INT8_LONG, _INT8, None)
 
 # What `--fast` stores a second time, for calls of many rows. Perplexity of SmolLM2, 22.8 in fp32: beside int4 (24.3)
 # whole rows are more exact (23.7; 23.5 with down_proj, whose inputs stand out most, in blocks of 128); beside int8
 # (22.9) they would cost 3 %, and blocks of 128 (23.0) are still a third faster than those of 32.
-_WIDE_BLOCKS = BlockFormat(bits=8, block=128, symmetric=True)
 _WIDE_IN_BLOCKS = {"int4": ("down_proj",), "int8": ("",)}  # the others in whole rows
 
 
@@ -68,7 +68,7 @@ def formats(config: ComponentConfig, precision: str, choose: FormatOf | None = N
 def wide_format_of(precision: str) -> Callable[[str], BlockFormat]:
     """How `--fast` also stores a language model's Linear layers, for calls of many rows, beside this precision."""
     in_blocks = _WIDE_IN_BLOCKS[precision]
-    return lambda name: _WIDE_BLOCKS if name.endswith(in_blocks) else _ROWS
+    return lambda name: _INT8_LONG if name.endswith(in_blocks) else _ROWS
 
 
 def wide_formats(config: ComponentConfig, precision: str) -> dict[str, dict[str, object]]:
