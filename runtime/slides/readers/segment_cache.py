@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wsi_rt.runtime.slides.codecs import CodecError
 
+# (segment number, u8 [h, w, 3] to fill) -> False when the file has none
+Decode = Callable[[int, NDArray[np.uint8]], bool]
+NO_PIXELS = np.empty((0, 0, 3), np.uint8)
+
 
 class Segment:
-    """A borrowed segment. pixels: u8 [h, w, 3]; white where the file has none."""
+    """A borrowed segment. pixels: u8 [h, w, 3], white where the file has none; error: why there are none."""
 
-    __slots__ = ("done", "error", "key", "number", "pixels", "ready", "users")
+    __slots__ = ("done", "error", "key", "pixels", "ready", "users")
 
-    def __init__(self, level: int, number: int, pixels: NDArray[np.uint8]) -> None:
-        self.key = (level, number)
-        self.number = number
-        self.pixels = pixels
-        self.users = 1
+    def __init__(self, key: tuple[int, int]) -> None:
+        self.key = key
+        self.pixels = NO_PIXELS
+        self.error: Exception | None = None
+        self.users = 0
         self.done = False
-        self.error = ""
         self.ready = threading.Lock()
+        self.ready.acquire()  # until it is done
 
 
 class SegmentCache:
@@ -32,60 +36,52 @@ class SegmentCache:
 
     With the uses of a level announced, a segment leaves after its last one, which holds about one row of
     segments in row-major reading; else it stays until the room is needed. Two threads that want the
-    same segment decode it once: the second waits. Memory: limit_bytes, plus what is in use, plus at most
-    SPARE_BYTES of buffers for the next ones (a fresh buffer costs a page fault per 4 KiB, 10 us for 240-px tiles).
+    same segment decode it once: the second waits. Memory: limit_bytes, plus what is in use; buffers serve again, and go
+    when segments of another shape are asked for or the cache is cleared.
     """
 
-    SPARE_BYTES = 16 << 20  # what reading 32 neighbours of 256 px drops before it decodes the next row of tiles
+    # Buffers are cut from blocks of this size: from 4 MiB on, numpy asks for huge pages, 3 % of reading 240-px tiles.
+    BLOCK_BYTES = 8 << 20
 
     def __init__(self, limit_bytes: int) -> None:
         self.decoded = 0  # segments decoded since opening, for tests and benchmarks
         self._limit_bytes = limit_bytes
         self._held_bytes = 0
         self._segments: OrderedDict[tuple[int, int], Segment] = OrderedDict()
-        self._uses: dict[int, NDArray[np.uint16]] = {}
+        self._uses: dict[int, memoryview] = {}
         self._spare: list[NDArray[np.uint8]] = []
         self._lock = threading.Lock()
 
     def announce(self, level: int, uses: NDArray[np.uint16]) -> None:
         """uses: [segments of the level], how many regions each will serve from now on."""
         with self._lock:
-            self._uses = {level: uses}
+            self._uses = {level: memoryview(uses)}
 
     def borrow(
-        self, level: int, number: int, shape: tuple[int, int, int], decode: Callable[[NDArray[np.uint8]], bool]
-    ) -> Segment:
-        """The segment, decoded by decode(out) -> False when absent. To be given back. Raises what `decode` raises."""
-        key = (level, number)
-        with self._lock:
-            segment = self._segments.get(key)
-            mine = segment is None
-            if segment is None:
-                segment = self._segments[key] = Segment(level, number, self._take_spare(shape))
-                segment.ready.acquire()
-            else:
-                segment.users += 1
-                self._segments.move_to_end(key)
-        if mine:
-            self._decode(segment, decode)
-        elif not segment.done:
-            with segment.ready:
-                pass
-        if segment.error:
-            raise CodecError(segment.error)
-        return segment
+        self, level: int, numbers: Sequence[int], regions: Sequence[int], shape: tuple[int, int, int], decode: Decode
+    ) -> Iterator[tuple[int, Segment]]:
+        """Yields (i, segment numbers[i]) when it is decoded: in order, but those that another thread is decoding last,
+        since it may be on its way to them. Each stays as it is until the iterator ends or is closed.
 
-    def give_back(self, segment: Segment, regions: int = 1) -> None:
-        """regions: how many of the announced uses it served."""
-        with self._lock:
-            segment.users -= 1
-            uses = self._uses.get(segment.key[0])
-            if uses is None:
-                return
-            left = max(0, int(uses[segment.number]) - regions)
-            uses[segment.number] = left
-            if not left and not segment.users and self._segments.get(segment.key) is segment:
-                self._drop(segment)
+        regions[i]: how many of the announced uses it serves. What `decode` raises as CodecError or OSError is in the
+        segment's `error`, for every thread that waited for it; the next to ask tries again.
+        """
+        segments, mine = self._claim(level, numbers)
+        elsewhere: list[int] = []
+        try:
+            for i, segment in enumerate(segments):
+                if mine[i]:
+                    self._fill(segment, shape, decode)
+                elif not segment.done:
+                    elsewhere.append(i)
+                    continue
+                yield i, segment
+            for i in elsewhere:
+                with segments[i].ready:
+                    pass
+                yield i, segments[i]
+        finally:
+            self._give_back(level, segments, mine, regions)
 
     def clear(self) -> None:
         with self._lock:
@@ -93,45 +89,80 @@ class SegmentCache:
             self._spare.clear()
             self._held_bytes = 0
 
-    def _decode(self, segment: Segment, decode: Callable[[NDArray[np.uint8]], bool]) -> None:
+    def _claim(self, level: int, numbers: Sequence[int]) -> tuple[list[Segment], list[bool]]:
+        """The segments, and which of them the caller is to decode."""
+        segments, mine = [], []
+        with self._lock:
+            for number in numbers:
+                key = (level, number)
+                segment = self._segments.get(key)
+                mine.append(segment is None)
+                if segment is None:
+                    segment = self._segments[key] = Segment(key)
+                else:
+                    self._segments.move_to_end(key)
+                segment.users += 1
+                segments.append(segment)
+        return segments, mine
+
+    def _fill(self, segment: Segment, shape: tuple[int, int, int], decode: Decode) -> None:
+        pixels = self._take_buffer(shape)
         try:
-            if not decode(segment.pixels):
-                segment.pixels[:] = 255
-        except BaseException as error:
-            with self._lock:
-                segment.error = str(error) or type(error).__name__
-                del self._segments[segment.key]
-                self._keep_spare(segment.pixels)
-            raise
-        else:
-            with self._lock:
-                self.decoded += 1
-                self._held_bytes += segment.pixels.nbytes
-                if self._held_bytes > self._limit_bytes:
-                    self._make_room()
-        finally:
-            segment.done = True
+            if not decode(segment.key[1], pixels):
+                pixels[:] = 255
+            segment.pixels = pixels
+        except (CodecError, OSError) as error:
+            segment.error = error
+            self._spare.append(pixels)
+        segment.done = True
+        segment.ready.release()
+
+    def _give_back(self, level: int, segments: Sequence[Segment], mine: Sequence[bool], regions: Sequence[int]) -> None:
+        with self._lock:
+            uses = self._uses.get(level)
+            for segment, owned, served in zip(segments, mine, regions, strict=True):
+                segment.users -= 1
+                if owned:
+                    self._settle(segment)
+                if uses is None:
+                    continue
+                number = segment.key[1]
+                left = uses[number] = max(0, uses[number] - served)
+                if not left:
+                    self._drop(segment)
+            if self._held_bytes > self._limit_bytes:
+                self._make_room()
+
+    def _settle(self, segment: Segment) -> None:
+        """What its decoder leaves behind: a segment that is held, or none."""
+        if not segment.done:  # its reading ended before it came to it
+            segment.error, segment.done = CodecError("reading was given up"), True
             segment.ready.release()
+        if segment.error is None:
+            self.decoded += 1
+            self._held_bytes += segment.pixels.nbytes
+        elif self._segments.get(segment.key) is segment:
+            del self._segments[segment.key]
 
     def _make_room(self) -> None:
         for segment in list(self._segments.values()):
-            if segment.done and not segment.users:
-                self._drop(segment)
-                if self._held_bytes <= self._limit_bytes:
-                    return
+            self._drop(segment)
+            if self._held_bytes <= self._limit_bytes:
+                return
 
     def _drop(self, segment: Segment) -> None:
+        """Unless somebody uses it, or is decoding it."""
+        if segment.users or not segment.done or self._segments.get(segment.key) is not segment:
+            return
         del self._segments[segment.key]
         self._held_bytes -= segment.pixels.nbytes
-        self._keep_spare(segment.pixels)
+        self._spare.append(segment.pixels)
 
-    def _take_spare(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-        while self._spare:
-            buffer = self._spare.pop()
-            if buffer.shape == shape:
-                return buffer
-        return np.empty(shape, np.uint8)
-
-    def _keep_spare(self, buffer: NDArray[np.uint8]) -> None:
-        if (len(self._spare) + 1) * buffer.nbytes <= self.SPARE_BYTES:
-            self._spare.append(buffer)
+    def _take_buffer(self, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+        with self._lock:
+            if self._spare and self._spare[-1].shape != shape:
+                self._spare.clear()
+            if not self._spare:
+                count = max(1, self.BLOCK_BYTES // int(np.prod(shape)))
+                self._spare.extend(np.empty((count, *shape), np.uint8))
+            return self._spare.pop()

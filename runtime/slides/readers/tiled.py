@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from wsi_rt.runtime.config import SlideSettings
 from wsi_rt.runtime.errors import SlideError
 from wsi_rt.runtime.slides.codecs import CodecError
 from wsi_rt.runtime.slides.reader import Level, SlideReader
-from wsi_rt.runtime.slides.readers.segment_cache import Segment, SegmentCache
+from wsi_rt.runtime.slides.readers.segment_cache import SegmentCache
 
 CACHE_BYTES = 192 << 20  # one row of 240-px tiles of a slide 280,000 px wide, or three of one 93,000 px wide
 # OpenSlide interpolates where a region starts between px; cairo takes less than 1/512 px for none. Half of that.
@@ -169,32 +168,28 @@ class TiledReader(SlideReader):
         """
         place, tiling = self.levels[level], self.tilings[level]
         height, width = out.shape[1:3]
-        across = [(row, x, _spans(x, width, place.width, tiling.tile_w)) for row, x in regions]
-        down = _spans(y, height, place.height, tiling.tile_h)
-        for row, x, _ in across:
+        across: dict[int, list[tuple[int, slice, slice]]] = {}  # column of stored tiles -> (row of `out`, from, to)
+        for row, x in regions:
             if x < 0 or y < 0 or x + width > place.width or y + height > place.height:
                 out[row] = 255
-        shape = (tiling.tile_h, tiling.tile_w, 3)
-        for stored_row, rows_from, rows_to in down:
-            held: Segment | None = None
-            served = 0
-            for row, _, spans in across:
-                for col, cols_from, cols_to in spans:
-                    number = stored_row * tiling.cols + col
-                    if held is None or held.number != number:
-                        if held is not None:
-                            self._cache.give_back(held, served)
-                            held, served = None, 0
-                        try:
-                            decode = partial(self._decode, level, col, stored_row)
-                            held = self._cache.borrow(level, number, shape, decode)
-                        except (CodecError, OSError) as error:
-                            errors[row] = error
-                            continue
-                    served += 1
-                    out[row, rows_to, cols_to] = held.pixels[rows_from, cols_from]
-            if held is not None:
-                self._cache.give_back(held, served)
+            for col, cols_from, cols_to in _spans(x, width, place.width, tiling.tile_w):
+                across.setdefault(col, []).append((row, cols_from, cols_to))
+        parts, shape = list(across.values()), (tiling.tile_h, tiling.tile_w, 3)
+        counts = [len(p) for p in parts]
+
+        def decode(number: int, pixels: NDArray[np.uint8]) -> bool:
+            stored_row, col = divmod(number, tiling.cols)
+            return self._decode(level, col, stored_row, pixels)
+
+        for stored_row, rows_from, rows_to in _spans(y, height, place.height, tiling.tile_h):
+            numbers = [stored_row * tiling.cols + col for col in across]
+            for i, segment in self._cache.borrow(level, numbers, counts, shape, decode):
+                pixels, error = segment.pixels, segment.error
+                for row, cols_from, cols_to in parts[i]:
+                    if error is None:
+                        out[row, rows_to, cols_to] = pixels[rows_from, cols_from]
+                    else:
+                        errors[row] = error
 
 
 def _spans(start: int, length: int, edge: int, tile: int) -> list[tuple[int, slice, slice]]:
