@@ -23,13 +23,25 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from wsi_rt.kernels.aot_case import SHIPPED_SM, AotCase, Cost
+from wsi_rt.kernels.aot_case import SHIPPED_SM, AotCase, Cost, Sizes
 from wsi_rt.kernels.errors import KernelInputError
 from wsi_rt.kernels.gpus import GPUS, REGISTERS_PER_THREAD, occupancy, predicted_seconds, resident_blocks
 
-OPS = ("dilated_attention", "pool_norm_pad", "slide_embed", "tile_normalize")
+TILES = Sizes("tiles", (1_000, 10_000, 50_000))
+TOKENS = Sizes("tokens", (1, 20, 640))  # a step of one question and of 20, a prefill
+SEQUENCES = Sizes("sequences", (1, 20, 64))
+OPS = {
+    "block_linear": Sizes("tokens", (1, 8, 32)),  # a prefill multiplies by another way
+    "dilated_attention": TILES,
+    "pool_norm_pad": TILES,
+    "rms_norm": TOKENS,
+    "rope_kv_write": TOKENS,
+    "shared_prefix_attention": SEQUENCES,
+    "slide_embed": TILES,
+    "swiglu": TOKENS,
+    "tile_normalize": TILES,
+}
 TABLE = Path(__file__).with_name("resources.json")
-ROOFLINE_TILES = (1_000, 10_000, 50_000)
 CLEAN_SM = (80, 90, 100)  # where no shipped configuration may spill or use stack
 _TENSOR_CORE = re.compile(r"\b(?:[HIDQO]MMA|[HIQ]GMMA|UTC[A-Z]*MMA)\b")
 _LOCAL = re.compile(r"\b(?:LDL|STL)\b")
@@ -229,15 +241,16 @@ def write_table(version: str, resources: Mapping[str, Resources], path: Path = T
     path.write_text(f'{{\n "triton": {json.dumps(version)},\n "cases": {{\n{lines}\n }}\n}}\n')
 
 
-def roofline(cases: Sequence[AotCase], tiles: Sequence[int] = ROOFLINE_TILES) -> list[dict[str, Any]]:
-    """Work and predicted time of one fp16 launch per operator, architecture and number of tiles."""
+def roofline(cases: Sequence[AotCase]) -> list[dict[str, Any]]:
+    """Work and predicted time of one fp16 call per operator, architecture and size."""
     rows = []
     for op, sm in dict.fromkeys((c.op, c.sm) for c in cases):
         matrix = any(c.matrix for c in cases if (c.op, c.sm) == (op, sm))
-        for n in tiles:
+        for n in OPS[op].shown:
             work: Cost = import_module(f"wsi_rt.kernels.{op}.cost").cost(n, 2)
             seconds, bound = predicted_seconds(sm, work, matrix)
-            row = {"op": op, "sm": sm, "gpu": GPUS[sm].name, "tiles": n, "flops": work.flops, "bytes": work.bytes}
+            size = {"size": n, "unit": OPS[op].unit}
+            row = {"op": op, "sm": sm, "gpu": GPUS[sm].name, **size, "flops": work.flops, "bytes": work.bytes}
             rows.append({**row, "predicted_ms": seconds * 1e3, "bound": bound})
     return rows
 

@@ -1,7 +1,8 @@
 """What an operator hands to the ahead-of-time harness: the configurations it ships, and what they cost.
 
 Each `kernels/<op>/triton.py` (imported only on request: Triton is optional) has `aot_cases() -> list[AotCase]`;
-each `kernels/<op>/cost.py` has `cost(tiles: int, dtype_bytes: int) -> Cost` at the published sizes.
+each `kernels/<op>/cost.py` has `cost(size: int, dtype_bytes: int) -> Cost` at the published sizes, where size counts
+what `aot.OPS` says: tiles of a slide, tokens, sequences.
 """
 
 from __future__ import annotations
@@ -38,8 +39,16 @@ class AotCase:
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """What a call of an operator grows with, and how much of it its roofline is shown for."""
+
+    unit: str  # "tiles", "tokens", "sequences"
+    shown: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Cost:
-    """Work of one launch at the published sizes."""
+    """Work of one call at the published sizes."""
 
     flops: float
     bytes: float  # global memory, each datum counted once

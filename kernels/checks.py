@@ -46,6 +46,42 @@ def check_one_device(what: str, tensors: dict[str, Tensor]) -> None:
         raise KernelInputError(f"{what}: {where}; expected one device")
 
 
+def check_integers(what: str, dtype: torch.dtype, tensors: dict[str, Tensor]) -> None:
+    """Every tensor is of one integer type and contiguous."""
+    for name, x in tensors.items():
+        if x.dtype != dtype:
+            raise KernelInputError(f"{what}: {name} is {x.dtype}, expected {dtype}: call .to({dtype})")
+        if not x.is_contiguous():
+            raise KernelInputError(f"{what}: {name} has strides {tuple(x.stride())}, expected contiguous memory")
+
+
+def check_shapes(what: str, tensors: dict[str, tuple[Tensor, tuple[int, ...]]]) -> None:
+    """Every tensor has the shape beside it."""
+    for name, (x, shape) in tensors.items():
+        if tuple(x.shape) != shape:
+            raise KernelInputError(f"{what}: {name} is {list(x.shape)}, expected {list(shape)}")
+
+
+def check_cache(what: str, k_cache: Tensor, v_cache: Tensor) -> None:
+    """A paged cache: k and v [pages, page, Hkv, D] of one dtype, a power of two of tokens a page, contiguous within a
+    page and both alike from page to page."""
+    shapes = tuple(k_cache.shape), tuple(v_cache.shape)
+    strides = tuple(k_cache.stride()), tuple(v_cache.stride())
+    if k_cache.ndim != 4 or shapes[0] != shapes[1] or 0 in shapes[0] or k_cache.dtype != v_cache.dtype:
+        raise KernelInputError(
+            f"{what}: k_cache {k_cache.dtype} {list(shapes[0])}, v_cache {v_cache.dtype} {list(shapes[1])}, "
+            "expected one dtype and two equal shapes [pages, page, Hkv, D]"
+        )
+    _, page, heads, width = shapes[0]
+    if page & (page - 1):
+        raise KernelInputError(f"{what}: pages of {page} tokens, expected a power of two")
+    if strides[0] != strides[1] or strides[0][1:] != (heads * width, width, 1) or strides[0][0] % width:
+        raise KernelInputError(
+            f"{what}: k_cache has strides {strides[0]}, v_cache {strides[1]}, expected equal ones and pages "
+            f"[{page}, {heads}, {width}] that are contiguous, a multiple of {width} values apart"
+        )
+
+
 def check_cu_seqlens(what: str, cu_seqlens: Tensor) -> None:
     """Type, shape and device of cumulative lengths [S + 1]; their values are for `check_cu_values`."""
     import torch

@@ -13,28 +13,39 @@ from wsi_rt.runtime.errors import InputError
 OURS, LIMIT = "wsi-rt", "limit"
 # Operator -> who computes it; "reference" is the published way in eager torch.
 PROVIDERS = {
+    "block_linear": (OURS, "torch-dense", "reference"),
     "dilated_attention": (OURS, "flash-attn", "torch-sdpa", "reference"),
     "pool_norm_pad": (OURS, "reference"),
+    "rms_norm": (OURS, "reference"),
+    "rope_kv_write": (OURS, "reference"),
+    "shared_prefix_attention": (OURS, "torch-sdpa", "reference"),
     "slide_embed": (OURS, "reference"),
+    "swiglu": (OURS, "reference"),
     "tile_normalize": (OURS, "reference"),
 }
 BYTES = {"fp16": 2, "bf16": 2}
 SLIDES = (1_000, 10_000, 50_000)
 TILES = 256  # of one batch of the tile encoder
+STEPS = (1, 20, 64)  # questions on a slide that a decoding step takes on
+MATRIX = ("block_linear", "dilated_attention", "shared_prefix_attention")
+COMPUTE_BOUND = ("dilated_attention",)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One operator at the published sizes: tiles of the slide (tile_normalize: of the batch)."""
+    """One operator at the published sizes.
+
+    size: tiles of the slide (tile_normalize: of the batch), tokens or sequences of a step, as `kernels.aot.OPS` says.
+    """
 
     op: str
-    tiles: int
+    size: int
     dtype: str
 
     @property
     def name(self) -> str:
         """ "dilated_attention-10000-fp16": what --case takes."""
-        return f"{self.op}-{self.tiles}-{self.dtype}"
+        return f"{self.op}-{self.size}-{self.dtype}"
 
     @property
     def providers(self) -> tuple[str, ...]:
@@ -43,12 +54,17 @@ class Case:
     @property
     def matrix(self) -> bool:
         """Whether the roofline is that of the tensor cores."""
-        return self.op == "dilated_attention"
+        return self.op in MATRIX
+
+    @property
+    def metric(self) -> str:
+        """The rate that is reported: of operations where the roofline says compute on most GPUs, else of bytes."""
+        return "gflops" if self.op in COMPUTE_BOUND else "gbytes_per_s"
 
     @property
     def cost(self) -> Cost:
         """Operations and bytes of one run."""
-        found: Cost = import_module(f"wsi_rt.kernels.{self.op}.cost").cost(self.tiles, BYTES[self.dtype])
+        found: Cost = import_module(f"wsi_rt.kernels.{self.op}.cost").cost(self.size, BYTES[self.dtype])
         return found
 
     def limit(self, sm: int) -> tuple[float, str]:
@@ -65,6 +81,8 @@ CASES = (
     *(Case("dilated_attention", n, dtype) for n in SLIDES for dtype in BYTES),
     *(Case(op, n, "fp16") for op in ("pool_norm_pad", "slide_embed") for n in SLIDES),
     Case("tile_normalize", TILES, "fp16"),
+    *(Case(op, n, dtype) for op in ("block_linear", "shared_prefix_attention") for n in STEPS for dtype in BYTES),
+    *(Case(op, n, "fp16") for op in ("rms_norm", "rope_kv_write", "swiglu") for n in STEPS),
 )
 
 

@@ -1,15 +1,18 @@
-"""Inputs, exact answers and providers of every operator, at the published sizes. Needs torch."""
+"""Inputs, exact answers and providers of every operator, at the published sizes. Needs torch.
+
+Those of the language model are in `decoding.py`.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from wsi_rt.benchmarks.kernels.branches import attend_per_branch, flash_attn, torch_sdpa
+from wsi_rt.benchmarks.kernels.decoding import ADD_NORM, GATE, LINEAR, ROTATE, SHARED_PREFIX
+from wsi_rt.benchmarks.kernels.operator import Inputs, Operator, Run, random_tensors
 from wsi_rt.kernels.dilated_attention import dilated_attention
 from wsi_rt.kernels.dilated_attention.cost import DILATED_RATIOS, HEAD_WIDTH, HEADS, SEGMENT_LENGTHS
 from wsi_rt.kernels.dilated_attention.reference import dilated_attention_reference
@@ -21,42 +24,15 @@ from wsi_rt.kernels.slide_embed.reference import position_embedding, slide_embed
 from wsi_rt.kernels.tile_normalize import tile_normalize
 from wsi_rt.kernels.tile_normalize.reference import tile_normalize_reference
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 BRANCHES = (SEGMENT_LENGTHS, DILATED_RATIOS)
 NORM_EPS = 1e-6
 MEAN, STD, CROP = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 224
-
-Inputs = Mapping[str, Tensor]
-Run = Callable[[], Tensor]
-
-
-@dataclass(frozen=True)
-class Operator:
-    """How one operator is fed and answered.
-
-    inputs: (tiles, dtype, device) -> tensors; exact: inputs -> the answer in fp32; scale: inputs -> the largest value
-    that rounding is relative to; providers: name -> inputs -> what is timed (raises UnavailableError); eager: the
-    provider whose error is the yardstick of the others.
-    """
-
-    inputs: Callable[[int, torch.dtype, torch.device], Inputs]
-    exact: Callable[[Inputs], Tensor]
-    scale: Callable[[Inputs], float]
-    providers: Mapping[str, Callable[[Inputs], Run]]
-    eager: str
-
-
-def _random(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Normal, each tensor its own, the same on every device."""
-    generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(shape, generator=generator).to(device, dtype) for name, shape in shapes.items()}
-
 
 # --- dilated attention: one slide of tiles + 1 tokens, q, k, v views of one projection
 
 
 def _attention_inputs(tiles: int, dtype: torch.dtype, device: torch.device) -> Inputs:
-    qkv = _random({"qkv": (tiles + 1, 3, HEADS, HEAD_WIDTH)}, dtype, device)["qkv"]
+    qkv = random_tensors({"qkv": (tiles + 1, 3, HEADS, HEAD_WIDTH)}, dtype, device)["qkv"]
     return dict(zip("qkv", qkv.unbind(1), strict=True))
 
 
@@ -82,7 +58,7 @@ ATTENTION = Operator(
 
 
 def _pool_inputs(tiles: int, dtype: torch.dtype, device: torch.device) -> Inputs:
-    return _random({"tokens": (tiles, CHANNELS), "weight": (CHANNELS,), "bias": (CHANNELS,)}, dtype, device)
+    return random_tensors({"tokens": (tiles, CHANNELS), "weight": (CHANNELS,), "bias": (CHANNELS,)}, dtype, device)
 
 
 def _pool_reference(x: Inputs) -> Tensor:
@@ -110,7 +86,7 @@ def _embed_inputs(tiles: int, dtype: torch.dtype, device: torch.device) -> Input
     shapes: dict[str, tuple[int, ...]] = {
         "projected": (tiles, CHANNELS), "bias": (CHANNELS,), "cls_token": (CHANNELS,),
     }  # fmt: skip
-    return {**_random(shapes, dtype, device), "positions": positions.to(device)}
+    return {**random_tensors(shapes, dtype, device), "positions": positions.to(device)}
 
 
 def _embed_exact(x: Inputs) -> Tensor:
@@ -171,8 +147,13 @@ NORMALIZE = Operator(
 )
 
 OPERATORS = {
+    "block_linear": LINEAR,
     "dilated_attention": ATTENTION,
     "pool_norm_pad": POOL,
+    "rms_norm": ADD_NORM,
+    "rope_kv_write": ROTATE,
+    "shared_prefix_attention": SHARED_PREFIX,
     "slide_embed": EMBED,
+    "swiglu": GATE,
     "tile_normalize": NORMALIZE,
 }

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from wsi_rt.benchmarks.kernels.operators import Inputs, Run
+    from wsi_rt.benchmarks.kernels.operator import Inputs, Run
 
 NOT_RUN = "not run on a GPU yet"
 REPEATS, QUICK_REPEATS = 50, 20
@@ -91,11 +91,12 @@ def _own_sm(device: torch.device | None) -> Sequence[int]:
 def run_case(case: Case, device: torch.device, timer: Timer, repeats: int, outcome: Outcome) -> None:
     """Rows of every provider of one case, timed by `timer(function, repeats)`; none on a red gate."""
     from wsi_rt.benchmarks.kernels.gate import allowed_error
-    from wsi_rt.benchmarks.kernels.operators import DTYPES, OPERATORS
+    from wsi_rt.benchmarks.kernels.operator import DTYPES
+    from wsi_rt.benchmarks.kernels.operators import OPERATORS
 
     operator, dtype = OPERATORS[case.op], DTYPES[case.dtype]
     where = _name(device)
-    inputs = operator.inputs(case.tiles, dtype, device)
+    inputs = operator.inputs(case.size, dtype, device)
     exact, scale = operator.exact(inputs), operator.scale(inputs)
     eager = _attempt(operator.providers[operator.eager], inputs, exact)
     allowed = allowed_error(dtype, scale, eager.error)
@@ -139,8 +140,8 @@ def _attempt(make: Callable[[Inputs], Run], inputs: Inputs, exact: Tensor) -> _A
 
 def _timed_rows(case: Case, provider: str, where: str, seconds: Sequence[float]) -> list[Row]:
     """Seconds, and the rate of what the roofline says the case is bound by on most GPUs."""
-    work = case.cost
-    amount, metric, unit = (work.flops, "gflops", "GFLOP/s") if case.matrix else (work.bytes, "gbytes_per_s", "GB/s")
+    work, compute = case.cost, case.metric == "gflops"
+    amount, metric, unit = (work.flops, "gflops", "GFLOP/s") if compute else (work.bytes, "gbytes_per_s", "GB/s")
     rates = [amount / s / 1e9 for s in seconds]
     return [
         _row(case, provider, device=where, **percentiles(seconds)),

@@ -112,10 +112,10 @@ def _resource_table(found: Mapping[str, Resources]) -> str:
 
 
 def _roofline_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    head = f"roofline of one fp16 launch at the published sizes: {NOTE}\n"
-    head += f"{'operator':20}{'GPU':>22}{'tiles':>8}{'GFLOP':>12}{'MB':>10}{'ms':>11}  bound by"
+    head = f"roofline of one fp16 call at the published sizes: {NOTE}\n"
+    head += f"{'operator':24}{'GPU':>22}{'size':>18}{'GFLOP':>12}{'MB':>10}{'ms':>11}  bound by"
     lines = [
-        f"{r['op']:20}{r['gpu'] + ' (sm_' + str(r['sm']) + ')':>22}{r['tiles']:8}{r['flops'] / 1e9:12.3f}"
+        f"{r['op']:24}{r['gpu'] + ' (sm_' + str(r['sm']) + ')':>22}{r['size']:8} {r['unit']:9}{r['flops'] / 1e9:12.3f}"
         f"{r['bytes'] / 1e6:10.1f}{r['predicted_ms']:11.5f}  {r['bound']}"
         for r in rows
     ]

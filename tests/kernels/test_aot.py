@@ -265,16 +265,27 @@ def test_check_passes_and_json_is_one_object_with_the_roofline(wsi_rt):
     assert report["note"] == "predicted, not run on a GPU yet"
     assert report["triton"] == triton.__version__
     assert report["kernels"][CASE].keys() == vars(COMMITTED[CASE]).keys()
-    assert [(r["gpu"], r["tiles"], r["bound"]) for r in report["roofline"]] == [
-        ("A100 80GB SXM", n, "memory") for n in (1000, 10_000, 50_000)
+    assert [(r["gpu"], r["size"], r["unit"], r["bound"]) for r in report["roofline"]] == [
+        ("A100 80GB SXM", n, "tiles", "memory") for n in (1000, 10_000, 50_000)
     ]
+
+
+def test_the_roofline_of_every_operator_is_of_its_own_sizes():
+    """A decoding step is bound by memory; more questions on a slide cost less each."""
+    cases = aot.all_cases(sms=[90])
+    rows = aot.roofline(cases)
+    assert {(r["op"], r["unit"]) for r in rows} == {(op, sizes.unit) for op, sizes in aot.OPS.items()}
+    assert all(r["size"] in aot.OPS[r["op"]].shown and r["predicted_ms"] > 0 for r in rows)
+    one, twenty, more = (r for r in rows if r["op"] == "shared_prefix_attention")
+    assert {r["bound"] for r in (one, twenty, more)} == {"memory"}
+    assert one["predicted_ms"] * 20 > twenty["predicted_ms"] * 5
 
 
 @pytest.mark.parametrize(
     ("code", "message", "arguments"),
     [
         (2, "give one of them", ["--check", "--update"]),
-        (2, "no operator softmax: expected dilated_attention, pool_norm_pad", ["--op", "softmax"]),
+        (2, "no operator softmax: expected block_linear, dilated_attention, pool_norm_pad", ["--op", "softmax"]),
         (2, "no architecture 75: expected 80, 86, 89, 90, 100, 120", ["--op", "slide_embed", "--sm", "75,80"]),
         (2, "'fast' is no list of architectures", ["--sm", "fast"]),
     ],
@@ -303,13 +314,24 @@ def test_public_operators_do_not_import_triton():
     """Neither when imported, nor our kernels when called on the CPU (torch looks for triton by itself then)."""
     source = (
         "import sys, torch\n"
+        "from wsi_rt.kernels.block_linear import block_linear, library\n"
         "from wsi_rt.kernels.pool_norm_pad import library, pool_norm_pad\n"
+        "from wsi_rt.kernels.rms_norm import add_rms_norm, library\n"
+        "from wsi_rt.kernels.rope_kv_write import library, rope_kv_write\n"
+        "from wsi_rt.kernels.shared_prefix_attention import library, shared_prefix_attention\n"
         "from wsi_rt.kernels.slide_embed import library, slide_embed\n"
+        "from wsi_rt.kernels.swiglu import library, swiglu\n"
         "from wsi_rt.kernels.tile_normalize import library, tile_normalize\n"
         "assert 'triton' not in sys.modules\n"
         "x, one = torch.zeros(2, 4), torch.ones(4)\n"
         "pool_norm_pad(slide_embed(x, torch.zeros(2, 2, dtype=torch.int64), one, one), one, one, 1e-6, 2, 4)\n"
         "tile_normalize(torch.zeros(1, 4, 4, 3, dtype=torch.uint8), (0, 0, 0), (1, 1, 1), 4)\n"
+        "swiglu(add_rms_norm(x, x, one, 1e-5)[0])\n"
+        "block_linear(x, torch.zeros(3, 1, 16, dtype=torch.uint8), torch.ones(3, 1), None, 4)\n"
+        "q, cache, at = torch.zeros(1, 2, 4), torch.zeros(1, 4, 2, 4), torch.zeros(1, dtype=torch.int64)\n"
+        "angles, page, end = torch.ones(1, 2), at.int()[None], torch.tensor([0, 1], dtype=torch.int32)\n"
+        "rope_kv_write(q, q, q, angles, angles, at, at, cache, torch.zeros_like(cache))\n"
+        "shared_prefix_attention(q, cache, cache, page, end[1:], end, page, end[1:])\n"
         "assert not [m for m in sys.modules if m.startswith('wsi_rt.') and m.endswith('.triton')]\n"
     )
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=120, check=False)

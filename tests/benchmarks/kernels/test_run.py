@@ -70,8 +70,10 @@ def answer(operators, op, provider, change):
 
 
 def test_the_smallest_cases_are_quick():
-    assert {(c.op, c.tiles) for c in chosen((), quick=True)} == {
-        ("dilated_attention", 1000), ("pool_norm_pad", 1000), ("slide_embed", 1000), ("tile_normalize", 256),
+    assert {(c.op, c.size) for c in chosen((), quick=True)} == {
+        ("block_linear", 1), ("dilated_attention", 1000), ("pool_norm_pad", 1000), ("rms_norm", 1),
+        ("rope_kv_write", 1), ("shared_prefix_attention", 1), ("slide_embed", 1000), ("swiglu", 1),
+        ("tile_normalize", 256),
     }  # fmt: skip
     assert chosen((), quick=False) == list(CASES)
     assert len(chosen(["dilated_attention"], quick=True)) == 2  # fp16 and bf16
@@ -164,7 +166,7 @@ def test_what_agrees_is_timed(op, operators, monkeypatch):
     assert (outcome.red, outcome.broken) == ([], [])
     timed = [r for r in outcome.rows if not r.skipped]
     assert {r.provider for r in timed} == set(case.providers) - {"flash-attn"}
-    assert {r.metric for r in timed} == {"seconds", "gflops" if case.matrix else "gbytes_per_s"}
+    assert {r.metric for r in timed} == {"seconds", case.metric}
     assert all(r.n == 2 and r.p50 > 0 for r in timed)
     (absent,) = [r.skipped for r in outcome.rows if r.skipped] or [None]
     assert absent is None or "pip install flash-attn" in absent
