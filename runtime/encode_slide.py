@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,15 +29,19 @@ from wsi_rt.runtime.slides import (
     open_slide,
     plan_reads,
     read_regions,
+    read_tile,
     select_tiles,
     selection_notes,
 )
+from wsi_rt.runtime.slides.device import on_device, open_device, open_tiles, refuse_gpu_reader
 from wsi_rt.runtime.slides.grid import ReadPlan
+from wsi_rt.runtime.slides.tiles import TileSource
 from wsi_rt.runtime.timing import Stopwatch
-from wsi_rt.runtime.types import Provenance, TileFailure, TileFeatures, TileGrid
+from wsi_rt.runtime.types import TILE_PX, Provenance, TileFailure, TileFeatures, TileGrid
 
 if TYPE_CHECKING:
     from wsi_rt.runtime.features.coords import TileCoords
+    from wsi_rt.runtime.slides.device.features import FeatureBatch
 
 NAMED_FAILURES = 5  # in a note; provenance holds MAX_LISTED of them
 MAX_LISTED = 200  # x, y pairs in the provenance, which a file attribute of 60 KB has to hold
@@ -125,32 +129,25 @@ def encode_chosen(
     """Read the chosen tiles and encode them in grid order; what becomes of unreadable ones, `on_bad_tile` says.
 
     max(1, threads // 2) threads read ahead while the encoder, opened with all of them, computes; they pause once a
-    batch is ready, which bounds the overlap. run: how many tiles at a time. wider: what opens an encoder of higher
-    precision, for tiles whose features are not finite.
+    batch is ready, which bounds the overlap. An encoder that takes tiles on its GPU (`slides.device`) has all threads
+    read, or none where `settings.reader` decodes there too. run: how many tiles at a time. wider: what opens an encoder
+    of higher precision, for tiles whose features are not finite.
 
     Raises SlideError for a tile that cannot be read (policy "fail", or none can be read), WsiRtError when a tile's
-    features are not finite whatever was tried.
+    features are not finite whatever was tried, InputError for a reader that decodes on a GPU where the encoder does not
+    run.
     """
-    reader, plan, grid, settings = chosen.reader, chosen.plan, chosen.grid, chosen.settings
-    width = encoder.manifest.outputs[0].dims[-1]
-    x = np.empty((len(grid), int(width)), np.float32)  # [N, C]
-    failures: list[TileFailure] = []
-    started = perf_counter()
-    batches = iter_tiles(reader, grid, plan, run.batch, threads=max(1, threads // 2), raise_bad=False)
-    with closing(batches), Sentinel(f"{reader.path}: tile", encoder.manifest, wider) as sentinel:
-        for batch in batches:
-            failures += batch.failures
-            if batch.failures and settings.on_bad_tile == "fail":
-                raise _cannot_go_on(failures[0], len(grid))
-            clock.add("tiles", (perf_counter() - started) * 1e3)
-            with clock.measure("tile_encoder"):
-                rows = slice(int(batch.index[0]), int(batch.index[-1]) + 1)
-                encoder.run({"tiles": batch.pixels}, {"features": x[rows]})
-                sentinel.mend(x[rows], grid.xy0[rows].tolist(), partial(_encode_again, batch.pixels))
-            on_progress("tile encoder", rows.stop, len(grid))
-            started = perf_counter()
-    x, grid, notes = _settle(x, grid, failures, settings.on_bad_tile, reader.path)
+    reader, grid, settings = chosen.reader, chosen.grid, chosen.settings
+    refuse_gpu_reader(settings.reader, encoder)
     facts: dict[str, Any] = {"slide": reader.ref.provenance.digest, "precision": encoder.precision}
+    with Sentinel(f"{reader.path}: tile", encoder.manifest, wider) as sentinel:
+        encoding = _Encoding(chosen, encoder, sentinel, clock, on_progress, run.batch)
+        if on_device(encoder):
+            facts["device"] = encoding.on_device(threads)
+        else:
+            encoding.on_host(threads)
+    failures = encoding.failures
+    x, grid, notes = _settle(encoding.x, grid, failures, settings.on_bad_tile, reader.path)
     if sentinel.retried:
         facts["retried_tiles"] = {"count": len(sentinel.retried), "xy0": sentinel.retried[:MAX_LISTED]}
     if failures:
@@ -159,6 +156,80 @@ def encode_chosen(
     tiles = {"grid": grid.cells, "kept": len(grid), "failed": len(failures), "distinct_tokens": None}
     all_notes = (*chosen.notes, *run.notes, *_reread_note(reader), *notes, *sentinel.notes())
     return Encoded(None, features, tiles, reader.ref, all_notes, grid=grid, failures=tuple(failures))
+
+
+class _Encoding:
+    """The features of one slide's tiles as they come: x f32 [N, C], and the tiles that could not be read."""
+
+    def __init__(
+        self,
+        chosen: ChosenTiles,
+        encoder: Engine,
+        sentinel: Sentinel,
+        clock: Stopwatch,
+        on_progress: OnProgress,
+        batch_size: int,
+    ) -> None:
+        self._chosen, self._encoder, self._sentinel, self._clock = chosen, encoder, sentinel, clock
+        self._on_progress, self._batch_size = on_progress, batch_size
+        self.x = np.empty((len(chosen.grid), int(encoder.manifest.outputs[0].dims[-1])), np.float32)
+        self.failures: list[TileFailure] = []
+
+    def on_host(self, threads: int) -> None:
+        reader, plan, grid, clock = self._chosen.reader, self._chosen.plan, self._chosen.grid, self._clock
+        started = perf_counter()
+        batches = iter_tiles(reader, grid, plan, self._batch_size, threads=max(1, threads // 2), raise_bad=False)
+        with closing(batches):
+            for batch in batches:
+                self._note(batch.failures)
+                clock.add("tiles", (perf_counter() - started) * 1e3)
+                with clock.measure("tile_encoder"):
+                    rows = slice(int(batch.index[0]), int(batch.index[-1]) + 1)
+                    self._encoder.run({"tiles": batch.pixels}, {"features": self.x[rows]})
+                    self._mend(rows, partial(_encode_again, batch.pixels))
+                self._on_progress("tile encoder", rows.stop, len(grid))
+                started = perf_counter()
+
+    def on_device(self, threads: int) -> dict[str, Any]:
+        """Of a `slides.device.device.DeviceTileEngine`; returns what did it, for the provenance. Stage "tiles" is what
+        the encoder waited for."""
+        from wsi_rt.runtime.slides.device.features import iter_features, ring_shape
+
+        reader, plan, grid, clock = self._chosen.reader, self._chosen.plan, self._chosen.grid, self._clock
+        encoder: Any = self._encoder  # `on_device` said that it is one
+        started = perf_counter()
+        with open_device(encoder) as device:
+            tiles = open_tiles(TileSource(reader, grid, plan), self._chosen.settings.reader, device, threads)
+            ring = ring_shape(tiles, encoder, self._batch_size)
+            with closing(iter_features(tiles, encoder, device, ring)) as batches:
+                for batch in batches:
+                    self._note(batch.failures)
+                    rows = slice(batch.rows.start, batch.rows.stop)
+                    self.x[rows] = batch.features
+                    self._mend(rows, partial(self._read_and_encode_again, batch))
+                    clock.add("tiles", batch.waited_ms)
+                    clock.add("tile_encoder", (perf_counter() - started) * 1e3 - batch.waited_ms)
+                    self._on_progress("tile encoder", rows.stop, len(grid))
+                    started = perf_counter()
+        return {"name": device.name, "tiles": tiles.name, "slots": ring.slots, "batch": ring.batch}
+
+    def _note(self, failures: Sequence[TileFailure]) -> None:
+        self.failures += failures
+        if failures and self._chosen.settings.on_bad_tile == "fail":
+            raise _cannot_go_on(self.failures[0], len(self._chosen.grid))
+
+    def _mend(self, rows: slice, again: Callable[[Engine, NDArray[np.intp]], NDArray[np.float32]]) -> None:
+        self._sentinel.mend(self.x[rows], self._chosen.grid.xy0[rows].tolist(), again)
+
+    def _read_and_encode_again(self, batch: FeatureBatch, wider: Engine, rows: NDArray[np.intp]) -> NDArray[np.float32]:
+        """The batch's pixels are not on the host any more."""
+        failed = {failure.index for failure in batch.failures}
+        pixels = np.full((len(rows), TILE_PX, TILE_PX, 3), 255, np.uint8)
+        for place, row in enumerate((rows + batch.rows.start).tolist()):
+            if row not in failed:
+                x0, y0 = self._chosen.grid.xy0[row].tolist()
+                pixels[place] = read_tile(self._chosen.reader, self._chosen.plan, (x0, y0))
+        return _encode_again(pixels, wider, np.arange(len(rows)))
 
 
 def _encode_again(pixels: NDArray[np.uint8], wider: Engine, rows: NDArray[np.intp]) -> NDArray[np.float32]:

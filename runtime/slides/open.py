@@ -41,8 +41,11 @@ _READERS: dict[str, _Entry] = {
     ),
     "image": _Entry("image:open_image", "plain RGB images (PNG, JPEG, TIFF)"),
     "cucim": _Entry("cucim:open_with_cucim", "SVS and tiled pyramidal TIFF", automatic=False, apart=True),
+    # In this process, whose GPU memory no other process shares.
+    "cucim-cuda": _Entry("cucim:open_with_cucim_on_gpu", "SVS and tiled pyramidal TIFF in JPEG", automatic=False),
 }
 READER_NAMES = tuple(_READERS)
+GPU_READER = "cucim-cuda"  # decodes tiles on the GPU, for a tile encoder that takes them there
 
 
 def open_slide(path: str | Path, settings: SlideSettings | None = None) -> SlideReader:

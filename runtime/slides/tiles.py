@@ -99,7 +99,7 @@ def read_tile(reader: SlideReader, plan: ReadPlan, xy0: tuple[int, int]) -> NDAr
     Raises SlideError naming slide and place.
     """
     out = np.empty((1, TILE_PX, TILE_PX, 3), np.uint8)
-    failures = _read_unit(reader, plan, np.array([xy0], np.int64), out)
+    failures = read_unit(reader, plan, np.array([xy0], np.int64), out)
     if failures:
         raise failures[0][1]
     return out[0]
@@ -147,7 +147,7 @@ def iter_batches(
                     yield pending.popleft().finish()
                 continue
             if len(source.grid):
-                _announce(source)
+                announce(source)
             for start in range(0, len(source.grid), batch_size):
                 pending.append(
                     _begin(pool, source, start, memory.take(min(batch_size, len(source.grid) - start)), threads)
@@ -166,35 +166,35 @@ def _begin(
 ) -> _Pending:
     parts = [
         (first, pool.submit(_read_part, source, start, pixels, first, stop))
-        for first, stop in _units(len(pixels), threads)
+        for first, stop in units_of(len(pixels), threads)
     ]
     return _Pending(source, start, pixels, parts)
 
 
 def ahead_batches(batch_size: int, threads: int) -> int:
     """How many batches are read ahead of the one handed out."""
-    units = len(_units(batch_size, threads))  # of one batch; two for every thread keep them busy
+    units = len(units_of(batch_size, threads))  # of one batch; two for every thread keep them busy
     return max(1, -(-AHEAD_TILES // batch_size), -(-2 * threads // units) - 1)
 
 
-def _units(count: int, threads: int) -> list[tuple[int, int]]:
+def units_of(count: int, threads: int) -> list[tuple[int, int]]:
     """(first, stop) rows of a batch that one thread reads in one go: at most UNIT_TILES, and work for every thread."""
     size = max(1, min(UNIT_TILES, -(-count // threads)))
     return [(first, min(first + size, count)) for first in range(0, count, size)]
 
 
 def _read_part(source: TileSource, start: int, pixels: NDArray[np.uint8], first: int, stop: int) -> Failures:
-    return _read_unit(source.reader, source.plan, source.grid.xy0[start + first : start + stop], pixels[first:stop])
+    return read_unit(source.reader, source.plan, source.grid.xy0[start + first : start + stop], pixels[first:stop])
 
 
-def _read_unit(reader: SlideReader, plan: ReadPlan, xy0s: NDArray[np.int64], out: NDArray[np.uint8]) -> Failures:
+def read_unit(reader: SlideReader, plan: ReadPlan, xy0s: NDArray[np.int64], out: NDArray[np.uint8]) -> Failures:
     """Tiles at int64 [B, 2] level-0 px into u8 [B, 256, 256, 3]."""
     if not plan.resample:
         return reader.read_tiles(xy0s, plan.level, (plan.read_px, plan.read_px), out)
     return _read_resampled(reader, plan, xy0s, out)
 
 
-def _squares(
+def squares(
     plan: ReadPlan, xy0s: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
     """Where tiles to be resampled are read: corners, int64 [B, 2] level-0 px; edges, int64 [B] level px; and the
@@ -210,7 +210,7 @@ def _read_resampled(reader: SlideReader, plan: ReadPlan, xy0s: NDArray[np.int64]
     from PIL import Image
 
     span = plan.patch_size_level0 / plan.downsample  # level px
-    corners, edges, offsets = _squares(plan, xy0s)
+    corners, edges, offsets = squares(plan, xy0s)
     memory = np.empty(3 * int(edges.max(initial=0)) ** 2, np.uint8)
     failures: Failures = []
     for row, (edge, (left, top)) in enumerate(zip(edges.tolist(), offsets.tolist(), strict=True)):
@@ -226,10 +226,11 @@ def _read_resampled(reader: SlideReader, plan: ReadPlan, xy0s: NDArray[np.int64]
     return failures
 
 
-def _announce(source: TileSource) -> None:
+def announce(source: TileSource) -> None:
+    """Tell the reader what will be read, in grid order."""
     reader, grid, plan = source
     if plan.resample:
-        corners, edges, _ = _squares(plan, grid.xy0)
+        corners, edges, _ = squares(plan, grid.xy0)
         reader.announce(corners, plan.level, (int(edges.max()), int(edges.max())))
     else:
         reader.announce(grid.xy0, plan.level, (plan.read_px, plan.read_px))

@@ -1,7 +1,8 @@
-"""SVS and tiled TIFF through cuCIM (https://github.com/rapidsai/cucim): optional, only where `--reader cucim` asks.
+"""SVS and tiled TIFF through cuCIM (https://github.com/rapidsai/cucim): optional, only where `--reader cucim` asks
+(`--reader cucim-cuda`: decoded on an NVIDIA GPU).
 
 On the CPU it decodes baseline JPEG, Aperio's JPEG 2000, LZW, deflate and uncompressed tiles to OpenSlide's pixels; on
-an NVIDIA GPU nvJPEG decodes JPEG (written after cuCIM's documentation, not run on a GPU yet). Seen with cuCIM 26.10: it
+a GPU nvJPEG decodes JPEG (written after cuCIM's documentation, not run on a GPU yet). Seen with cuCIM 26.10: it
 crashes the process on a predictor, cannot read generic JPEG 2000, pads black outside the slide, and its batches
 share buffers. So what it does not read is refused before it sees the file, regions are cut to the slide, and pixels
 are copied at once.
@@ -10,6 +11,7 @@ are copied at once.
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -32,6 +34,8 @@ VENDORS = ("aperio", "generic-tiff")
 _COMPRESSIONS = {1: "none", 5: "LZW", 7: "JPEG", 8: "deflate", 32946: "deflate", 33005: "JPEG 2000"}
 _GPU_COMPRESSION = 7
 _LENIENT = "cuCIM decodes damaged JPEG tiles without an error; the other readers do not"
+# Its plugin cuslide2 counts them on stderr and hands out memory as it was: nvimgcodec_processor.cpp, wait_batch.
+_LENIENT_ON_GPU = "on a GPU cuCIM may tell of a tile that it cannot decode on stderr only; the tile is then noise"
 _LOADERS = 1  # cuCIM threads per batch; our own threads read several batches at once
 
 
@@ -54,6 +58,11 @@ def open_with_cucim(path: Path, settings: SlideSettings, device: str = "cpu") ->
         raise
 
 
+def open_with_cucim_on_gpu(path: Path, settings: SlideSettings) -> CucimReader:
+    """`open_with_cucim` on the GPU, in this process: what is decoded there stays there for the tile encoder."""
+    return open_with_cucim(path, settings, device="cuda")
+
+
 def _load_cucim() -> ModuleType:
     try:
         cucim = import_module("cucim")
@@ -73,6 +82,8 @@ def _load_cupy() -> Any:
         raise MachineError(
             "cupy is not installed, expected to take cuCIM's pixels from the GPU; run: pip install cupy-cuda12x"
         ) from error
+    if not cupy.cuda.is_available():  # cuCIM would decode on the CPU then, and not say so
+        raise MachineError("cupy finds no NVIDIA GPU, expected one for cuCIM to decode on; give --reader cucim")
     return cupy
 
 
@@ -109,7 +120,7 @@ def _require_plain(whole: OpenSlideReader, device: str) -> None:
 class CucimReader(SlideReader):
     """A slide whose pixels cuCIM decodes; what it is (levels, resolution, associated images) OpenSlide says.
 
-    Regions that begin between px of a level are OpenSlide's, which interpolates them.
+    Regions that begin between px of a level are OpenSlide's, which interpolates them. device: cpu or cuda.
     """
 
     def __init__(self, whole: OpenSlideReader, settings: SlideSettings, cucim: ModuleType, device: str) -> None:
@@ -125,9 +136,10 @@ class CucimReader(SlideReader):
             associated=whole.associated,
             bounds0=whole.ref.bounds0,
         )
-        self.notes += (_LENIENT,)
+        self.notes += (_LENIENT, _LENIENT_ON_GPU) if device == "cuda" else (_LENIENT,)
+        self.device = device
         self._whole = whole
-        self._device = device
+        self._cucim = cucim
         self._cupy = _load_cupy() if device == "cuda" else None
         try:
             self._image = cucim.CuImage(str(whole.path))
@@ -136,6 +148,38 @@ class CucimReader(SlideReader):
             raise _not_for_us(whole.path, _one_line(error)) from error
         if sizes != [(level.width, level.height) for level in self.levels]:
             raise _not_for_us(whole.path, f"cuCIM sees levels of {sizes} px, OpenSlide others")
+
+    def level_px(
+        self, xy0s: NDArray[np.int64], level: int, size: tuple[int, int]
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """int64 [B, 2] px of the level at which regions start, and bool [B]: they start there exactly."""
+        return level_px(xy0s, self.levels[level], size)
+
+    def batches(
+        self, corners: NDArray[np.int64], level: int, size: tuple[int, int], batch_size: int
+    ) -> Generator[Any, None, None]:
+        """cuCIM's own batches, u8 [batch_size or less, h, w, 3] ([h, w, 3] in batches of one) on `device`, of regions
+        inside the slide from level px `corners` [B, 2]; each is good until the next is asked for. Decoded ahead, by a
+        decoder of this iterator's own: for one thread.
+
+        Raises SlideError, which ends it and does not tell which region it was.
+        """
+        places = [_level0((int(x), int(y)), self.levels[level]) for x, y in corners]
+        try:
+            image = self._cucim.CuImage(str(self.path))
+            try:
+                found = image.read_region(
+                    places, size, level, batch_size=batch_size, num_workers=_LOADERS, device=self.device
+                )
+                # One region in a batch of one comes as an image, not as an iterator.
+                yield from [found] if len(places) == batch_size == 1 else found
+            finally:
+                image.close()
+        except RuntimeError as error:
+            raise SlideError(
+                f"{self.path}: {len(places)} regions of level {level} from level-0 position {places[0]} on cannot be "
+                f"read ({_one_line(error)}), expected an intact slide; leave out --reader"
+            ) from error
 
     def _read(self, xy0: tuple[int, int], level: int, size: tuple[int, int]) -> NDArray[np.uint8]:
         corners, exact = level_px(np.array([xy0], np.int64), self.levels[level], size)
@@ -156,7 +200,7 @@ class CucimReader(SlideReader):
         self, xy0s: NDArray[np.int64], level: int, size: tuple[int, int], out: NDArray[np.uint8]
     ) -> list[tuple[int, SlideError]]:
         """On a GPU one batch for the regions that lie inside the slide; the others, and a failed batch, one by one."""
-        if self._device == "cpu":
+        if self.device == "cpu":
             return super()._read_tiles(xy0s, level, size, out)
         corners, exact = level_px(xy0s, self.levels[level], size)
         edge = (self.levels[level].width, self.levels[level].height)
@@ -181,10 +225,10 @@ class CucimReader(SlideReader):
         places = [_level0(corner, self.levels[level]) for corner in corners]
         try:
             if len(places) == 1:  # without cuCIM's thread pool
-                batches = [self._image.read_region(places[0], size, level, device=self._device)]
+                batches = [self._image.read_region(places[0], size, level, device=self.device)]
             else:
                 batches = self._image.read_region(
-                    places, size, level, batch_size=len(places), num_workers=_LOADERS, device=self._device
+                    places, size, level, batch_size=len(places), num_workers=_LOADERS, device=self.device
                 )
             pixels = [self._to_host(batch).reshape(-1, size[1], size[0], 3) for batch in batches]
         except RuntimeError as error:

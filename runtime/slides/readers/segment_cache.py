@@ -55,7 +55,7 @@ class SegmentCache:
     def announce(self, level: int, uses: NDArray[np.uint16]) -> None:
         """uses: [segments of the level], how many regions each will serve from now on."""
         with self._lock:
-            self._uses = {level: memoryview(uses)}
+            self._uses = {level: uses.data}
 
     def borrow(
         self, level: int, numbers: Sequence[int], regions: Sequence[int], shape: tuple[int, int, int], decode: Decode
