@@ -57,6 +57,10 @@ class WeightFile:
         self._written[name] = tensor
         return tensor
 
+    def holds(self, name: str) -> bool:
+        """Whether a tensor of that name was written."""
+        return name in self._written
+
     def read(self, name: str) -> NDArray[np.uint8]:
         """The bytes of a tensor that was written."""
         tensor = self._written[name]
