@@ -1,175 +1,187 @@
-"""The decoder in plain torch, in fp32 on the CPU: the base of a GPU target.
+"""The decoder in torch: on an NVIDIA GPU with Triton kernels and CUDA graphs, on the CPU the same operators in plain
+torch. It has not run on a GPU yet.
 
-It reads the weights of the bundle's portable graphs, whatever target that was built for. Every operation is a torch
-one on tensors of the sizes of a call; fixed sizes, graphs and fused kernels belong to a GPU target and are not here.
+It reads the weights of the bundle's portable graphs, whatever target that was built for. Keys and values live in pages
+of one pool (torch_pages.py). A step of one token for each sequence has static shapes and is replayed as a CUDA graph,
+padded to the next bucket (torch_steps.py); prompts, and what decodes beside them, go operator by operator
+(torch_mixed.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from wsi_rt.runtime.errors import InputError, WsiRtError
+from wsi_rt.kernels.shared_prefix_attention.configs import WIDTHS
+from wsi_rt.runtime.engines.torch_device import choose_device, compute_dtype, describe
+from wsi_rt.runtime.engines.torch_engine import plain_failure
+from wsi_rt.runtime.engines.torch_graphs import Capture, Staging, doubling
+from wsi_rt.runtime.errors import InputError, MachineError, WsiRtError
 from wsi_rt.runtime.llm.decoder import F32, KV, Chunk, Decoder, DecoderSpec, PrefixKV
-from wsi_rt.runtime.llm.torch_kv import TorchKV, TorchPrefix, attend, join
+from wsi_rt.runtime.llm.room import available_bytes
+from wsi_rt.runtime.llm.torch_attention import choose_attention
+from wsi_rt.runtime.llm.torch_mixed import MixedRows
+from wsi_rt.runtime.llm.torch_model import TorchLlama
+from wsi_rt.runtime.llm.torch_pages import PAGE, PagePool, TorchKV, TorchPrefix
+from wsi_rt.runtime.llm.torch_steps import DecodeSteps
 from wsi_rt.runtime.llm.torch_weights import StoredTensors
 from wsi_rt.runtime.manifest import Compiled, EngineManifest
+
+BUCKETS = doubling(64)  # rows of the graphs for decoding: 1, 2, 4, ... 64
+HOLDERS = 64  # sequences, prefixes and conversations at a time that may each leave a page all but empty
 
 
 class TorchDecoder(Decoder):
     """Rows of a call share the linear layers, so torch's order of summation depends on how many there are: a token's
-    logits are the same to rounding only."""
+    logits are the same to rounding only.
 
-    def __init__(self, manifest: EngineManifest, tensors: StoredTensors) -> None:
-        c = manifest.config
-        self._config = c
-        self._model: TorchLlama | None = TorchLlama(c, tensors)
+    Activations and KV are fp16 or bf16 where the model was compiled so, else fp32; integer weights stay integers.
+    facts: where it runs, in which type, and what it chose to run on. spec.kv_bytes: for HOLDERS sequences and prefixes
+    or fewer, however they are cut into pages.
+
+    `embed` reads the table where it is stored, on the host: nothing of it is on the GPU.
+    """
+
+    def __init__(
+        self,
+        manifest: EngineManifest,
+        tensors: StoredTensors,
+        precision: str,
+        device: torch.device,
+        kv_bytes: int | None = None,
+        buckets: Sequence[int] = BUCKETS,
+        capture: Capture | None = None,
+    ) -> None:
+        c, dtype = manifest.config, compute_dtype(precision)
+        self._device, self._table = device, tensors.floats("model.embed_tokens.weight").numpy()  # f32 [vocab, hidden]
+        model = TorchLlama(c, tensors, dtype, device)
+        per_token = 2 * c["layers"] * c["kv_heads"] * c["head_width"] * dtype.itemsize
+        pages = _page_count(per_token, device, kv_bytes)
+        self._pool = PagePool(c["layers"], c["kv_heads"], c["head_width"], pages, dtype, device)
+        staging, (attention, told) = Staging(device), choose_attention(device, dtype)
+        self._mixed: MixedRows | None = MixedRows(model, self._pool, attention, staging, device)
+        self._steps: DecodeSteps | None = DecodeSteps(
+            model, self._pool, c["context"], staging, device, buckets, capture
+        )
+        self.facts = {
+            "device": describe(device),
+            "dtype": str(dtype).removeprefix("torch."),
+            "prefill_attention": told,
+            "decode": f"CUDA graphs of {buckets[0]} to {buckets[-1]} rows" if device.type == "cuda" else "no graphs",
+            "kv": f"{pages} pages of {PAGE} tokens, {pages * PAGE * per_token} bytes",
+        }
         self.spec = DecoderSpec(
             vocab_size=c["vocab"],
             hidden_size=c["hidden"],
             context_length=c["context"],
-            kv_bytes_per_token=2 * 4 * c["layers"] * c["kv_heads"] * c["head_width"],
+            kv_bytes_per_token=per_token,
             row_exact=False,
+            kv_bytes=(pages - HOLDERS) * PAGE * per_token,
         )
 
     @classmethod
     def open(
-        cls, root: Path, manifest: EngineManifest, compiled: Compiled | None, threads: int, fast: bool = False
+        cls,
+        root: Path,
+        manifest: EngineManifest,
+        compiled: Compiled,
+        threads: int,
+        fast: bool = False,
+        device: torch.device | None = None,
+        kv_bytes: int | None = None,
     ) -> TorchDecoder:
-        """compiled: not read, the portable graphs are. Raises InputError for `fast`, MachineError without onnx, which
-        reads them, and EngineMismatchError when they lack a tensor. Sets torch's threads for the whole process."""
+        """device: another than `choose_device` says. kv_bytes: of all keys and values at a time (None: what half of the
+        memory holds that is free once the weights are there).
+
+        Raises InputError for `fast`, and on a GPU for head widths that its kernels do not take; MachineError without
+        onnx, which reads the weights, and where they or the pages do not fit; EngineMismatchError when the graphs lack
+        a tensor. Sets torch's threads for the whole process.
+        """
         if fast:
             raise InputError("the torch decoder has no --fast, expected to be opened without")
+        device = device or choose_device()
+        width = manifest.config["head_width"]
+        if device.type == "cuda" and width not in WIDTHS:
+            raise InputError(
+                f"heads of {width}, expected {' or '.join(map(str, WIDTHS))} on a GPU; use --target ort-cpu"
+            )
         torch.set_num_threads(threads)
-        return cls(manifest, StoredTensors(root / path for path in manifest.portable.values()))
+        tensors = StoredTensors(root / path for path in manifest.portable.values())
+        with plain_failure("llm"), torch.no_grad():
+            return cls(manifest, tensors, compiled.precision, device, kv_bytes)
 
     def close(self) -> None:
-        self._model = None
+        self._mixed = self._steps = None
+        self._pool.close()
 
     def new_kv(self, capacity: int, prefix: PrefixKV | None = None) -> TorchKV:
         self._require_capacity(capacity, prefix)
-        if prefix is not None and not isinstance(prefix, TorchPrefix):
-            raise TypeError(f"prefix is a {type(prefix).__name__}, expected this decoder's own TorchPrefix")
-        c = self._config
-        return TorchKV(c["layers"], c["kv_heads"], c["head_width"], capacity, prefix)
+        if prefix is not None and not (isinstance(prefix, TorchPrefix) and prefix.pages.pool is self._pool):
+            raise TypeError(f"prefix is another decoder's {type(prefix).__name__}, expected this one's own TorchPrefix")
+        return TorchKV(self._pool, capacity, prefix)
 
     def freeze(self, kv: KV) -> TorchPrefix:
-        kv = _own(kv)
+        kv = self._own(kv)
         self._require_to_share(kv)
-        return TorchPrefix([slab[:, : kv.length] for slab in kv.slabs])
+        return kv.hand_over()
 
     def load_prefix(self, layers: Sequence[F32]) -> TorchPrefix:
-        c = self._config
-        self._require_layers(layers, c["layers"], c["kv_heads"], c["head_width"])
-        return TorchPrefix.of(layers)
+        c = self._pool
+        self._require_layers(layers, c.layers, c.kv_heads, c.head_width)
+        with plain_failure("llm"):
+            return TorchPrefix.of(self._pool, layers)
 
     def embed(self, token_ids: NDArray[np.int64]) -> F32:
-        with torch.no_grad():
-            return self._opened().table[torch.from_numpy(np.asarray(token_ids, np.int64))].numpy()
+        self._opened()
+        return self._table[token_ids]
 
     def extend(self, chunks: Sequence[Chunk]) -> list[F32]:
         self._require_fit(chunks)
-        model = self._opened()
-        for c in chunks:
-            _own(c.kv).reserve(len(c.embeds))
-        with torch.no_grad():
-            logits = model(Rows(chunks)).numpy()
-        for c in chunks:
-            c.kv.length += len(c.embeds)
-        return np.split(logits, np.cumsum([c.logits for c in chunks])[:-1])
+        mixed, steps = self._opened()
+        kvs = [self._own(c.kv) for c in chunks]
+        self._pool.reserve([(kv.pages, kv.own_length + len(c.embeds)) for kv, c in zip(kvs, chunks, strict=True)])
+        try:
+            with plain_failure("llm"), torch.no_grad():
+                logits = (steps if steps.take(chunks) else mixed)(chunks, kvs)
+                if self._device.type == "cuda":  # else a failure would come after the KVs have grown
+                    torch.cuda.current_stream(self._device).synchronize()
+        except BaseException:
+            for kv in kvs:
+                kv.pages.cut(kv.own_length)
+            raise
+        for kv, c in zip(kvs, chunks, strict=True):
+            kv.length += len(c.embeds)
+        return logits
 
-    def _opened(self) -> TorchLlama:
-        if self._model is None:
+    def _opened(self) -> tuple[MixedRows, DecodeSteps]:
+        if self._mixed is None or self._steps is None:
             raise WsiRtError("this decoder is closed")
-        return self._model
+        return self._mixed, self._steps
+
+    def _own(self, kv: KV) -> TorchKV:
+        if not (isinstance(kv, TorchKV) and kv.pages.pool is self._pool):
+            raise TypeError(f"KV is another decoder's {type(kv).__name__}, expected this one's own TorchKV")
+        return kv
 
 
-class Rows:
-    """The new tokens of a call as rows of one matrix. spans: those of each chunk; position: [rows]; groups: for every
-    prefix, the rows of the sequences that have it; wanted: the rows whose logits are."""
-
-    def __init__(self, chunks: Sequence[Chunk]) -> None:
-        lengths = [len(c.embeds) for c in chunks]
-        ends = np.cumsum(lengths).tolist()
-        self.spans = [slice(end - n, end) for n, end in zip(lengths, ends, strict=True)]
-        self.kvs = [_own(c.kv) for c in chunks]
-        self.x = torch.cat([torch.tensor(c.embeds, dtype=torch.float32) for c in chunks])
-        self.position = torch.cat(
-            [torch.arange(kv.length, kv.length + n) for kv, n in zip(self.kvs, lengths, strict=True)]
+def _page_count(bytes_per_token: int, device: torch.device, kv_bytes: int | None) -> int:
+    """Pages of the pool, HOLDERS more than the tokens need. Raises MachineError when too little memory is free."""
+    page_bytes = PAGE * bytes_per_token
+    if kv_bytes is not None:
+        return -(-kv_bytes // page_bytes) + HOLDERS
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what loading the weights left
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = available_bytes()
+    pages = free // 2 // page_bytes
+    if pages <= HOLDERS:
+        raise MachineError(
+            f"{free} bytes are free for keys and values on {device}, half of which must hold more than {HOLDERS} pages "
+            f"of {page_bytes}; free some, or use a machine with more"
         )
-        ranges = [torch.arange(s.start, s.stop) for s in self.spans]
-        self.wanted = torch.cat([r[len(r) - c.logits :] for r, c in zip(ranges, chunks, strict=True)])
-        members: dict[int, list[int]] = {}
-        for i, kv in enumerate(self.kvs):
-            if kv.prefix is not None:
-                members.setdefault(id(kv.prefix), []).append(i)
-        self.groups = [(_prefix(self.kvs[m[0]]), torch.cat([ranges[i] for i in m])) for m in members.values()]
-
-
-class TorchLlama:
-    """A Llama (SPEC 5) on stored tensors: RMSNorm, rotate-half positions, grouped KV heads, SiLU-gated MLP.
-
-    table: f32 [vocab, hidden], the token embeddings.
-    """
-
-    def __init__(self, c: Mapping[str, Any], tensors: StoredTensors) -> None:
-        self._eps, self._widths = c["rms_eps"], {"q": c["heads"], "k": c["kv_heads"], "v": c["kv_heads"]}
-        self.table = tensors.floats("model.embed_tokens.weight")
-        self._cos, self._sin = (tensors.floats(f"rope.{x}")[:, None] for x in ("cos", "sin"))  # [context, 1, D / 2]
-        names = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
-        layers = [f"model.layers.{i}" for i in range(c["layers"])]
-        self._linears = [{n: tensors.linear(f"{layer}.{n}") for n in names} for layer in layers]
-        norms = ("input_layernorm", "post_attention_layernorm")
-        self._norms = [[tensors.floats(f"{layer}.{n}.weight") for n in norms] for layer in layers]
-        self._last_norm, self._head = tensors.floats("model.norm.weight"), tensors.linear("lm_head")
-
-    def __call__(self, rows: Rows) -> Tensor:
-        """-> logits [wanted rows, vocab]; the KVs are written behind their lengths, which stay."""
-        x = rows.x
-        for i, (linears, (before, after)) in enumerate(zip(self._linears, self._norms, strict=True)):
-            h = self._norm(x, before)
-            q, k, v = (linears[f"self_attn.{n}_proj"](h).unflatten(-1, (m, -1)) for n, m in self._widths.items())
-            q, k = (self._rotated(part, rows.position) for part in (q, k))
-            x = x + linears["self_attn.o_proj"](_attention(i, q, k, v, rows).flatten(1))
-            h = self._norm(x, after)
-            gated = torch.nn.functional.silu(linears["mlp.gate_proj"](h)) * linears["mlp.up_proj"](h)
-            x = x + linears["mlp.down_proj"](gated)
-        return self._head(self._norm(x[rows.wanted], self._last_norm))
-
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, self._eps)
-
-    def _rotated(self, x: Tensor, position: Tensor) -> Tensor:
-        """x [rows, heads, D]: (a, b) -> (a cos - b sin, b cos + a sin)."""
-        cos, sin = self._cos[position], self._sin[position]
-        a, b = x.chunk(2, -1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-
-
-def _attention(layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
-    """q [rows, heads, D], k and v [rows, kv_heads, D] -> [rows, heads, D]: each prefix once for all rows that have it,
-    the own tokens sequence by sequence."""
-    from_prefix = (torch.zeros_like(q), q.new_full((*q.shape[:2], 1), -torch.inf))
-    for prefix, members in rows.groups:
-        for whole, part in zip(from_prefix, attend(q[members], prefix.slabs[layer], causal=False), strict=True):
-            whole[members] = part
-    own = [attend(q[s], kv.append(layer, k[s], v[s]), causal=True) for kv, s in zip(rows.kvs, rows.spans, strict=True)]
-    return join(from_prefix, (torch.cat([out for out, _ in own]), torch.cat([lse for _, lse in own])))
-
-
-def _own(kv: KV) -> TorchKV:
-    if not isinstance(kv, TorchKV):
-        raise TypeError(f"KV is a {type(kv).__name__}, expected this decoder's own TorchKV")
-    return kv
-
-
-def _prefix(kv: TorchKV) -> TorchPrefix:
-    if not isinstance(kv.prefix, TorchPrefix):
-        raise TypeError(f"prefix is a {type(kv.prefix).__name__}, expected this decoder's own TorchPrefix")
-    return kv.prefix
+    return pages

@@ -1,11 +1,11 @@
-"""The tensors of a bundle's portable language model graphs as torch tensors, memory-mapped, and the Linear layers that
-they make."""
+"""The tensors of a bundle's portable graphs as torch tensors, memory-mapped, and the Linear layers that they make."""
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wsi_rt.kernels.block_linear import block_linear
+from wsi_rt.kernels.block_linear.reference import unpacked
 from wsi_rt.runtime.errors import EngineMismatchError, MachineError
 
 _BLOCKS = re.compile(r"(?P<linear>.+)\.weight\.int(?P<bits>[48])x(?P<block>\d+)\.codes")
 _FP32 = 1  # onnx.TensorProto.FLOAT
-_DEQUANTISED_VALUES = 1 << 24  # of a matrix at a time: 64 MB in fp32, where a 7 B model's largest takes 524
 
 
 class StoredTensors:
@@ -65,7 +66,7 @@ class StoredTensors:
         return data.reshape(tuple(self._found[name][1].dims))
 
     def linear(self, name: str) -> Linear:
-        """The Linear `name`, in fp32 or in blocks, as the bundle stores it."""
+        """The Linear `name`, in fp32 or in blocks, as the bundle stores it: mapped, on the CPU."""
         if f"{name}.weight.T" in self._found:
             return PlainLinear(self.floats(f"{name}.weight.T"))
         codes = next((m for n in self._found if (m := _BLOCKS.fullmatch(n)) and m["linear"] == name), None)
@@ -77,26 +78,37 @@ class StoredTensors:
         scales = self.floats(f"{kind}.scales")  # [out, blocks]
         out, blocks = scales.shape
         codes = torch.from_numpy(self.bytes(f"{kind}.codes")).reshape(out, blocks, block * bits // 8)
+        zeros: Tensor | None = None
         if f"{kind}.zeros.dense" in self._found:  # rows that do not end at a byte
             packed = torch.from_numpy(self.bytes(f"{kind}.zeros.dense"))
             zeros = unpacked(packed, bits)[: out * blocks].reshape(out, blocks)
         elif f"{kind}.zeros" in self._found:
             packed = torch.from_numpy(self.bytes(f"{kind}.zeros")).reshape(out, -1)
-            zeros = unpacked(packed, bits)[:, :blocks]
-        else:
-            zeros = torch.tensor(1 << (bits - 1), dtype=torch.uint8).expand(out, blocks)
+            zeros = unpacked(packed, bits)[:, :blocks].contiguous()
         return BlockLinear(codes, scales, zeros, bits)
 
 
 class Linear(ABC):
-    """x f32 [rows, in] -> [rows, out], without bias."""
+    """x [..., in] -> [..., out], without bias. kind: layers of one kind can be one matrix."""
+
+    kind: tuple[object, ...]
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor: ...
 
+    @abstractmethod
+    def to(self, device: torch.device, dtype: torch.dtype) -> Linear:
+        """On that device; weights stored as floats in that type. Copied only where one of the two is another."""
+
+    @abstractmethod
+    def joined(self, others: Sequence[Any]) -> Linear:
+        """One layer from this and others of its kind, their outputs one after the other: a copy in memory."""
+
 
 class PlainLinear(Linear):
-    """weight: f32 [in, out]."""
+    """weight: [in, out], of the type of x."""
+
+    kind = ("plain",)
 
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight
@@ -104,35 +116,37 @@ class PlainLinear(Linear):
     def __call__(self, x: Tensor) -> Tensor:
         return x @ self._weight
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> PlainLinear:
+        return PlainLinear(self._weight.to(device, dtype))
+
+    def joined(self, others: Sequence[PlainLinear]) -> PlainLinear:
+        return PlainLinear(torch.cat([p._weight for p in (self, *others)], dim=1))
+
 
 class BlockLinear(Linear):
-    """Integer blocks along the inputs, made fp32 again some rows at a time whenever the layer is used: exact, in the
-    memory of the integers, and as slow as writing the fp32 matrix out. A GPU target puts a fused kernel here.
+    """Integer blocks along the inputs, which stay integers: the arguments of `kernels.block_linear`."""
 
-    codes: u8 [out, blocks, block * bits / 8]; scales f32 and zeros u8 [out, blocks].
-    """
-
-    def __init__(self, codes: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> None:
+    def __init__(self, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> None:
         self._codes, self._scales, self._zeros, self._bits = codes, scales, zeros, bits
+        self.kind = ("blocks", bits, *codes.shape[1:], zeros is None)
 
     def __call__(self, x: Tensor) -> Tensor:
-        out, inputs = len(self._codes), x.shape[-1]
-        y = x.new_empty((*x.shape[:-1], out))
-        step = max(1, _DEQUANTISED_VALUES // inputs)
-        for rows in (slice(a, min(a + step, out)) for a in range(0, out, step)):
-            y[..., rows] = x @ self._matrix(rows)[:, :inputs].T
-        return y
+        y = block_linear(x.reshape(-1, x.shape[-1]), self._codes, self._scales, self._zeros, self._bits)
+        return y.view(*x.shape[:-1], -1)
 
-    def _matrix(self, rows: slice) -> Tensor:
-        """f32 [rows, blocks * block]: the last block may reach beyond the inputs."""
-        codes = unpacked(self._codes[rows], self._bits).to(torch.float32)
-        codes -= self._zeros[rows, :, None]
-        codes *= self._scales[rows, :, None]
-        return codes.flatten(1)
+    def to(self, device: torch.device, dtype: torch.dtype) -> BlockLinear:
+        zeros = None if self._zeros is None else self._zeros.to(device)
+        return BlockLinear(self._codes.to(device), self._scales.to(device), zeros, self._bits)
+
+    def joined(self, others: Sequence[BlockLinear]) -> BlockLinear:
+        parts = (self, *others)
+        zeros = [p._zeros for p in parts if p._zeros is not None]  # of all of them, or none
+        codes, scales = torch.cat([p._codes for p in parts]), torch.cat([p._scales for p in parts])
+        return BlockLinear(codes, scales, torch.cat(zeros) if zeros else None, self._bits)
 
 
-def unpacked(packed: Tensor, bits: int) -> Tensor:
-    """u8 [..., n] -> one code to a byte; of two 4-bit ones in a byte, that in the low half is the first."""
-    if bits == 8:
-        return packed
-    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
+def joined(parts: Iterable[Linear]) -> Callable[[Tensor], Tensor]:
+    """A layer whose outputs are those of `parts`, one after the other; neighbours stored alike are one matrix."""
+    runs = [list(run) for _, run in groupby(parts, key=lambda part: part.kind)]
+    whole = [first.joined(others) if others else first for first, *others in runs]
+    return whole[0] if len(whole) == 1 else lambda x: torch.cat([part(x) for part in whole], dim=-1)
