@@ -15,17 +15,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from wsi_rt.export.arch import LlamaConfig, config_json
+from wsi_rt.export.arch import LlamaConfig, config_json, parameter_count
 from wsi_rt.export.component import build_component
 from wsi_rt.export.precision import parse_precision, weight_bytes, wide_bytes
 from wsi_rt.export.sources.checkpoint import Checkpoint, Sources, resolve
 from wsi_rt.export.sources.weights import Part
 from wsi_rt.export.targets import lowering
+from wsi_rt.export.targets.architectures import architectures
 from wsi_rt.runtime import manifest as m
 from wsi_rt.runtime.atomic import is_vacant, plain_os_error
 from wsi_rt.runtime.bundle import STAMP_NAME, Bundle, stamp_file, write_stamp
 from wsi_rt.runtime.config import TARGET_MPP, GenerationSettings
-from wsi_rt.runtime.engines.registry import backend
 from wsi_rt.runtime.errors import InputError
 from wsi_rt.runtime.hashing import sha256_file, sha256_json
 from wsi_rt.runtime.interrupts import checkpoint
@@ -34,7 +34,8 @@ from wsi_rt.runtime.staging import require_room, staged_directory, standing_pare
 from wsi_rt.runtime.threads import resolve_threads
 from wsi_rt.runtime.types import TILE_PX
 
-TOOLCHAIN = ("wsi-rt", "onnx", "onnxruntime", "torch", "transformers", "numpy")
+TOOLCHAIN = ("wsi-rt", "onnx", "onnxruntime", "onnxruntime-gpu", "torch", "transformers", "numpy")
+COMPILERS = {"tensorrt": ("tensorrt",), "tensorrt-rtx": ("tensorrt-rtx-cu12",)}
 TOKENIZER = "tokenizer"  # its folder in the bundle
 OnStep = Callable[[str], None]
 
@@ -51,9 +52,10 @@ class BuildRequest:
     force: bool = False
     threads: int | None = None
     fast: bool = False
+    sms: tuple[int, ...] | None = None
 
     def arguments(self) -> str:
-        """The flags, but for --out and --components, that ask for the same from any folder."""
+        """The flags, but for --out, --components and --sm, that ask for the same from any folder."""
         words = {
             k: v if not v or v.startswith("synthetic:") else os.path.abspath(v) for k, v in vars(self.sources).items()
         }
@@ -67,7 +69,7 @@ class BuildRequest:
 @dataclass(frozen=True)
 class BuildPlan:
     """The request, resolved and checked; nothing is loaded or written yet. `available`: every component that the
-    checkpoint holds, built or not."""
+    checkpoint holds, built or not. sms: architectures to compile for, none for a target that runs on any."""
 
     request: BuildRequest
     checkpoint: Checkpoint
@@ -75,15 +77,26 @@ class BuildPlan:
     precision: Mapping[str, str]
     threads: int
     tokenizer: Mapping[str, Any]  # what its conversion gives; empty without a language model
+    sms: tuple[int, ...] = ()
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """As the bundle names them."""
+        target = self.request.target
+        return tuple(f"{target}-sm{sm}" for sm in self.sms) or (target,)
 
     def steps(self) -> int:
         return 4 * len(self.checkpoint.parts) + 1
 
     @property
     def estimated_bytes(self) -> int:
-        """Portable and lowered weights; the language model's graphs share one file."""
+        """Portable weights, and what the target adds to them: on the CPU another copy, but for the language model,
+        whose graphs share one file; where it is compiled for architectures, the ONNX in 16 bits and an engine each."""
         parts = self.checkpoint.parts
-        found = sum((1 if n == "llm" else 2) * weight_bytes(p.config, self.precision[n]) for n, p in parts.items())
+        found = sum(weight_bytes(p.config, self.precision[n]) for n, p in parts.items())
+        if self.request.target == "ort-cpu":
+            found += sum(weight_bytes(p.config, self.precision[n]) for n, p in parts.items() if n != "llm")
+        found += sum(2 * parameter_count(p.config) for p in parts.values()) * (len(self.sms) + 1 if self.sms else 0)
         if self.request.fast and "llm" in parts:
             found += wide_bytes(parts["llm"].config, self.precision["llm"])
         return found
@@ -97,14 +110,23 @@ class BuildPlan:
             "target": self.request.target,
             "precision": dict(self.precision),
             "fast": self.request.fast,
-            "toolchain": toolchain(),
+            "sms": list(self.sms),
+            "toolchain": toolchain(self.request.target),
             "code": code_digest(),
             "isa": platform.machine(),
         }
 
 
-def toolchain() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in TOOLCHAIN}
+def toolchain(target: str) -> dict[str, str]:
+    """Versions of what builds for a target. onnxruntime-gpu is onnxruntime under another name."""
+    return {name: version for name in (*TOOLCHAIN, *COMPILERS.get(target, ())) if (version := _version(name))}
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def code_digest() -> str:
@@ -117,7 +139,7 @@ def code_digest() -> str:
 def plan_build(request: BuildRequest) -> BuildPlan:
     """Resolve sources and flags. Raises WsiRtError subclasses; writes nothing."""
     lowering(request.target)
-    backend(request.target)
+    sms = architectures(request.target, request.sms or ())
     checkpoint = resolve(request.sources)
     request = replace(request, sources=checkpoint.sources)  # a base that the adapter itself names is to be told again
     available = tuple(checkpoint.parts)
@@ -127,13 +149,15 @@ def plan_build(request: BuildRequest) -> BuildPlan:
         expected = ", ".join(available)
         raise InputError(f"--components has {missing[0]!r}, expected some of: {expected} (what the checkpoint holds)")
     parts = {n: p for n, p in checkpoint.parts.items() if n in wanted}
-    precision = parse_precision(request.precision, tuple(parts))
+    precision = parse_precision(request.precision, tuple(parts), request.target)
+    if request.fast and request.target != "ort-cpu":
+        raise InputError(f"--fast is for the target ort-cpu, expected --target {request.target} without it")
     if request.fast and precision.get("llm", "fp32") == "fp32":
         raise InputError("--fast is for a language model in int8 or int4, expected --precision llm=int4 or llm=int8")
     checkpoint = replace(checkpoint, parts=parts)
     with TemporaryDirectory() as aside:  # a tokenizer that does not fit is refused before hours of building
         tokenizer = _write_tokenizer(checkpoint, Path(aside)) if "llm" in parts else {}
-    return BuildPlan(request, checkpoint, available, precision, resolve_threads(request.threads), tokenizer)
+    return BuildPlan(request, checkpoint, available, precision, resolve_threads(request.threads), tokenizer, sms)
 
 
 def is_up_to_date(plan: BuildPlan) -> bool:
@@ -142,7 +166,7 @@ def is_up_to_date(plan: BuildPlan) -> bool:
     out = plan.request.out
     if not _holds_bundle(out) or plan.request.force:
         return False
-    existing = Bundle.open(out).manifest
+    existing = Bundle.open(out, to_run=False).manifest
     if existing.build["key"] == sha256_json(plan.to_json()):
         return True
     raise InputError(f"{out}: holds another build (of {existing.source['label']}); replace it with --force")
@@ -207,6 +231,7 @@ def _build_one(plan: BuildPlan, name: str, part: Part, work: Path, on_step: OnSt
         plan.threads,
         lambda s: on_step(f"{name}: {s}"),
         request.fast,
+        plan.sms,
     )
 
 
@@ -249,7 +274,7 @@ def _manifest(
     return m.Manifest(
         schema=m.SCHEMA,
         version=importlib.metadata.version("wsi-rt"),
-        targets=(plan.request.target,),
+        targets=plan.targets,
         source={
             "label": plan.checkpoint.label,
             "digest": plan.checkpoint.digest,

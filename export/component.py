@@ -22,14 +22,19 @@ from wsi_rt.export.quantise import FormatOf
 from wsi_rt.export.sensitive import sensitive_layers
 from wsi_rt.export.sources.stored import Compared, Stored, with_head
 from wsi_rt.export.sources.weights import Part
-from wsi_rt.export.targets import Lowered, lowering
+from wsi_rt.export.targets import Lowered, Order, lowering
+from wsi_rt.export.targets.base import Trajectory
 from wsi_rt.kernels.slide_embed import GRID
+from wsi_rt.runtime.engines.machine import lacking
 from wsi_rt.runtime.hashing import sha256_json
-from wsi_rt.runtime.manifest import Compiled, EngineManifest, TensorSpec
+from wsi_rt.runtime.manifest import NOT_RUN, Compiled, EngineManifest, TensorSpec
 from wsi_rt.runtime.parity import (
     GATES,
+    MAX_ROUNDING,
     WIDE_GATE,
     WIDE_LOGITS,
+    Gate,
+    Parity,
     check_component,
     compare,
     later_gate,
@@ -58,54 +63,99 @@ def build_component(
     threads: int,
     on_step: Callable[[str], None],
     fast: bool = False,
+    sms: tuple[int, ...] = (),
 ) -> EngineManifest:
     """Writes `work/<name>/` and returns its manifest (digest left to the caller, who hashes the files). fast: with
-    graphs for calls of many rows, where the component and the target have such.
+    graphs for calls of many rows, where the component and the target have such. sms: GPU architectures to compile for,
+    where the target is compiled for one.
 
     Raises ParityError when the portable or the lowered graph is off, naming the first layer that is.
     """
     on_step("export")
     component = open_component(part, work / name, precision, fast, threads)
     graphs = write_graphs(component, work / name, Style(DequantisedLinears(component.format_of)))
-    lowered = lower(component, target, threads)
+    lowered = lower(component, target, precision, threads, sms, graphs)
     for path in graphs.values():
         check_model(path)
-    on_step("fp32 reference, layer by layer")
-    inputs = check_inputs(part.config)
-    expected, layers, rounding = hold_against_reference(component, lowered, precision, inputs, threads)
-    write_check(component.weights.path.with_name(CHECK), inputs, expected)
     on_step("parity of the portable graph")
-    actual = run_portable(part.config, graphs, inputs, threads)
+    inputs, first = check_inputs(part.config), next(iter(lowered.values()))
+    computed: list[Any] | None = [] if first.trajectory is None else None
+    actual = run_portable(part.config, graphs, inputs, threads, computed)
+    on_step("fp32 reference, layer by layer")
+    trajectory = first.trajectory or (lambda _: computed or [])
+    reference = hold_against_reference(component, trajectory, precision, inputs, threads, first.wide_trajectory)
+    expected, layers, rounding = reference
+    write_check(component.weights.path.with_name(CHECK), inputs, expected)
     portable = compare(actual, {name: x for name, x in expected.items() if name != WIDE_LOGITS})
     require(name, "portable graph", portable, GATES["fp32"])
-    compiled = compiled_entry(lowered, work, part.config, precision, component.wide, component.format_of)
+    compiled = {
+        t: compiled_entry(one, work, part.config, precision, component.wide, component.format_of)
+        for t, one in lowered.items()
+    }
     manifest = replace(
-        describe(component, graphs, work),
-        portable_parity=portable.to_json(),
-        rounding=rounding,
-        targets={target: compiled},
+        describe(component, graphs, work), portable_parity=portable.to_json(), rounding=rounding, targets=compiled
     )
     on_step(f"parity of the {target} engine")
-    engine = check_component(work, target, manifest, threads)
-    require(name, f"{target} engine", engine, GATES[precision])
-    parity = {"engine": engine.to_json(), "gate": vars(later_gate(GATES[precision], engine)), "layers": layers}
-    return replace(manifest, targets={target: replace(compiled, parity=parity)})
+    sources = _sources(name, lowered, inputs, expected, portable, GATES[precision])
+    parity = _parity(work, manifest, precision, threads, sources)
+    return replace(
+        manifest, targets={t: replace(one, parity={**parity[t], "layers": layers}) for t, one in compiled.items()}
+    )
+
+
+def _sources(
+    name: str, lowered: Mapping[str, Lowered], inputs: Arrays, expected: Arrays, portable: Parity, gate: Gate
+) -> dict[str, Parity]:
+    """-> by target, how far the ONNX files are that an engine which needs a GPU was made from: held to the gate in any
+    case. Raises ParityError."""
+    found: dict[str, Parity] = {}
+    measured: dict[Callable[[Arrays], Arrays] | None, Parity] = {None: portable}
+    for target, one in lowered.items():
+        if one.outputs is not None and one.outputs not in measured:
+            measured[one.outputs] = compare(one.outputs(inputs), expected)
+            require(name, f"ONNX of the {target} engine", measured[one.outputs], gate)
+        if one.outputs is not None or one.source:
+            found[target] = measured[one.outputs]
+    return found
+
+
+def _parity(
+    work: Path, manifest: EngineManifest, precision: str, threads: int, sources: Mapping[str, Parity]
+) -> dict[str, dict[str, Any]]:
+    """-> by target, what the manifest records of its engine: how far it is off, or that this machine cannot run it."""
+    gate, found = GATES[precision], {}
+    for target, compiled in manifest.targets.items():
+        report: dict[str, Any] = {"source": sources[target].to_json()} if target in sources else {}
+        flaw = lacking(target, compiled.requires)
+        if flaw is None:
+            engine = check_component(work, target, manifest, threads)
+            require(manifest.name, f"{target} engine", engine, gate)
+            report |= {"engine": engine.to_json(), "gate": vars(later_gate(gate, engine))}
+        else:
+            report |= {"engine": NOT_RUN + flaw, "gate": vars(gate)}
+        found[target] = report
+    return found
 
 
 def hold_against_reference(
-    component: Component, lowered: Lowered, precision: str, inputs: Arrays, threads: int
+    component: Component,
+    trajectory: Trajectory,
+    precision: str,
+    inputs: Arrays,
+    threads: int,
+    wide_trajectory: Trajectory | None = None,
 ) -> tuple[Arrays, dict[str, Any], dict[str, Any]]:
     """-> the outputs of the stored check, and what the manifest records of the layers and of the weights' rounding: the
-    worst tensor, and how far the outputs move by it."""
+    worst tensor, and how far the outputs move by it. trajectories: those of `Lowered`."""
     config, source = component.config, component.source
     stored = Stored(source, component.weights, component.format_of)
-    reference = reference_outputs(config, stored, inputs, threads, lowered.trajectory(inputs))
+    reference = reference_outputs(config, stored, inputs, threads, trajectory(inputs))
     layers = require_layers(config.component, reference.layers, GATES[precision])
     outputs = reference.outputs
-    if precision == "fp32":
+    if precision not in MAX_ROUNDING:
         return outputs, layers, {}
     checkpoint = Compared(source, stored)
-    wide = lowered.wide_trajectory(inputs) if lowered.wide_trajectory else ()
+    wide = wide_trajectory(inputs) if wide_trajectory else ()
     whole = reference_outputs(config, checkpoint, inputs, threads, wide)
     rounding = require_rounding(config.component, checkpoint.errors, precision)
     rounding |= {"outputs": compare(outputs, whole.outputs).to_json()}
@@ -124,16 +174,22 @@ def open_component(part: Part, folder: Path, precision: str, fast: bool = False,
     wide = wide_format_of(precision) if fast and isinstance(c, LlamaConfig) else None
     choose = format_of(precision, c.component)
     component = Component(c, source, WeightFile(folder / "weights.data"), choose, wide)
-    if not isinstance(c, ViTConfig) or precision == "fp32":
+    if not isinstance(c, ViTConfig) or precision not in MAX_ROUNDING:
         return component
     sensitive = sensitive_layers(c, source, choose, threads)
     return replace(component, format_of=sensitive.format_of(choose), sensitive=sensitive)
 
 
-def lower(component: Component, target: str, threads: int = 0) -> Lowered:
-    folder = component.weights.path.parent / target
-    folder.mkdir()
-    return lowering(target)(component, folder, threads)
+def lower(
+    component: Component,
+    target: str,
+    precision: str = "fp32",
+    threads: int = 0,
+    sms: tuple[int, ...] = (),
+    portable: Mapping[str, Path] | None = None,
+) -> Mapping[str, Lowered]:
+    """-> what the target made, by the bundle's name of it. portable: the graphs written already, by role."""
+    return lowering(target)(Order(component, target, precision, sms, threads, portable or {}))
 
 
 def compiled_entry(
@@ -152,6 +208,7 @@ def compiled_entry(
         formats=formats(config, precision, choose) | (wide_formats(config, precision) if wide else {}),
         parity={},
         requires=lowered.requires,
+        source={role: str(p.relative_to(work)) for role, p in lowered.source.items()},
     )
 
 

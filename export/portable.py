@@ -23,15 +23,23 @@ from wsi_rt.runtime.engines.ort import open_session
 Arrays = dict[str, NDArray[Any]]
 
 
-def run_portable(c: ComponentConfig, graphs: Mapping[str, Path], inputs: Arrays, threads: int = 0) -> Arrays:
+def run_portable(
+    c: ComponentConfig,
+    graphs: Mapping[str, Path],
+    inputs: Arrays,
+    threads: int = 0,
+    trajectory: list[NDArray[np.float32]] | None = None,
+) -> Arrays:
     """The portable graphs, by role, on inputs as `export.parity.check_inputs` makes them. threads 0: onnxruntime's
-    default."""
+    default. trajectory: where given, what goes into the first layer is appended to it, and what comes out of each."""
     if isinstance(c, LlamaConfig):
-        return {"logits": _run_llama(c, graphs["embed"], Pieces(graphs["decoder"], threads), inputs)}
+        return {"logits": _run_llama(c, graphs["embed"], Pieces(graphs["decoder"], threads), inputs, trajectory)}
     pieces = Pieces(graphs["model"], threads)
     values = inputs
     for name in pieces.boundaries:
         values = {name: pieces.open(list(values), [name])(values)[0]}
+        if trajectory is not None:
+            trajectory.append(values[name])
     return dict(zip(pieces.outputs, pieces.open(list(values), pieces.outputs)(values), strict=True))
 
 
@@ -54,7 +62,9 @@ class Pieces:
         return lambda arrays: session.run(list(outputs), {n: x for n, x in arrays.items() if n in wanted})
 
 
-def _run_llama(c: LlamaConfig, embed: Path, pieces: Pieces, inputs: Arrays) -> NDArray[np.float32]:
+def _run_llama(
+    c: LlamaConfig, embed: Path, pieces: Pieces, inputs: Arrays, trajectory: list[NDArray[np.float32]] | None
+) -> NDArray[np.float32]:
     """Prefill, then one token at a time with past and present KV -> logits [steps + 1, vocab]. The tokens are given, so
     that each layer can take all of them before the next one is opened."""
     (new,) = Pieces(embed, 0).open(["input_ids"], ["embeds"])({"input_ids": inputs["token_ids"]})
@@ -72,6 +82,8 @@ def _run_llama(c: LlamaConfig, embed: Path, pieces: Pieces, inputs: Arrays) -> N
             out, *new_kv = run({"inputs_embeds": x, "past.0.key": seen, before: h, **kv})
             outs.append(out)
             kv = dict(zip(past, new_kv, strict=True))
+        if trajectory is not None:
+            trajectory += [np.concatenate(x, axis=1) for x in ([hidden, outs] if i == 0 else [outs])]
         hidden = outs
     last = pieces.boundaries[-1]
     head = pieces.open([last], ["logits"])

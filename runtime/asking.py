@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from wsi_rt.runtime.bundle import Bundle
@@ -39,6 +39,11 @@ class Asking:
     @property
     def fast(self) -> bool:
         return self._settings is not None and self._settings.fast
+
+    @property
+    def facts(self) -> Mapping[str, str]:
+        """The language model's, once it is open."""
+        return self._model.decoder.facts if self._model is not None else {}
 
     def check(self, questions: Sequence[Question], settings: GenerationSettings, clock: Stopwatch) -> None:
         """Refuse what can be refused before a slide is read. Raises InputError, MachineError."""

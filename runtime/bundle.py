@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wsi_rt.runtime.devices import gpus, require_gpu, sm_of
+from wsi_rt.runtime.engines.machine import NO_GPU, lacking
+from wsi_rt.runtime.engines.registry import backend, family_of
 from wsi_rt.runtime.errors import EngineMismatchError, InputError
 from wsi_rt.runtime.hashing import sha256_file
 from wsi_rt.runtime.manifest import FILE_NAME, EngineManifest, Manifest, load_manifest
@@ -37,34 +39,45 @@ class Bundle:
         self._identity = identity
 
     @classmethod
-    def open(cls, root: str | Path, threads: int | None = None, target: str | None = None) -> Bundle:
-        """`target`: one of the bundle's (default: the first).
+    def open(
+        cls, root: str | Path, threads: int | None = None, target: str | None = None, to_run: bool = True
+    ) -> Bundle:
+        """`target`: one of the bundle's (default: the first), with or without the GPU architecture in its name;
+        without, this machine's. to_run: False where only files are looked at, and the machine may be any.
 
-        Raises InputError when there is no bundle or no such target, EngineMismatchError when a file differs from the
-        manifest or the machine is not the target's.
+        Raises InputError when there is no bundle or no such target, MachineError without the GPU that the target needs,
+        EngineMismatchError when a file differs from the manifest or the machine is not the target's. The machine is
+        looked at before the files.
         """
         root = Path(root)
         identity = _identity(root)  # before the manifest is read: replaced in between is replaced
         manifest = load_manifest(root)
-        target = manifest.targets[0] if target is None else target
-        if target not in manifest.targets:
-            raise InputError(f"{root}: not built for {target!r}, expected one of: {', '.join(manifest.targets)}")
-        bundle = cls(root, manifest, target, resolve_threads(threads), identity)
-        bundle._check_machine()
+        bundle = cls(root, manifest, _choose(root, manifest, target), resolve_threads(threads), identity)
+        if to_run:
+            bundle.require_machine()
         with bundle.unreplaced():
             _check_files(root, manifest, _read_stamp(root))
         return bundle
 
-    def _check_machine(self) -> None:
-        this = {"isa": platform.machine()}
+    def for_target(self, target: str) -> Bundle:
+        """The same bundle through another of its targets."""
+        return Bundle(self.root, self.manifest, target, self.threads, self._identity)
+
+    def require_machine(self) -> None:
+        """Raises MachineError without the GPU that the target needs, EngineMismatchError when it was compiled for
+        another machine."""
         for component in self.manifest.components.values():
-            compiled = component.targets.get(self.target)
-            for what, needed in compiled.requires.items() if compiled else ():
-                if this.get(what) != needed:
-                    raise EngineMismatchError(
-                        f"{self.root}: built for {needed}, this machine is {this.get(what)}; "
-                        f"rebuild: {self.manifest.rebuild_command(self.root)}"
-                    )
+            if self.target not in component.targets:
+                continue
+            requires = component.targets[self.target].requires
+            flaw = lacking(self.target, requires)
+            if flaw == NO_GPU:
+                require_gpu(self.target)
+            if flaw is not None:
+                sm = next((gpu.sm for gpu in gpus()), None) if "sm" in requires else None
+                raise EngineMismatchError(
+                    f"{self.root}: {flaw}; rebuild: {self.manifest.rebuild_command(self.root, sm=sm)}"
+                )
 
     @contextmanager
     def unreplaced(self) -> Iterator[None]:
@@ -97,7 +110,6 @@ class Bundle:
             raise InputError(f"{self.root}: no {name} in this bundle (it has {have}); {fix}") from None
 
     def engine(self, name: str) -> Engine:
-        from wsi_rt.runtime.engines.registry import backend
         from wsi_rt.runtime.plan_measure import fastest_threads
 
         with self.unreplaced():
@@ -106,8 +118,6 @@ class Bundle:
 
     def decoder(self, fast: bool = False) -> Decoder:
         """fast: see Decoder.open."""
-        from wsi_rt.runtime.engines.registry import backend
-
         with self.unreplaced():
             return backend(self.target).open_decoder(self.root, self.component("llm"), self.threads, fast)
 
@@ -116,6 +126,19 @@ class Bundle:
 
         with self.unreplaced():
             return Tokenizer(self.root / "tokenizer")
+
+
+def _choose(root: Path, manifest: Manifest, asked: str | None) -> str:
+    """The bundle's name of the target that was asked for."""
+    if asked in manifest.targets:
+        return str(asked)
+    first = manifest.targets[0]
+    family = family_of(first) if asked is None else asked
+    of_family = [t for t in manifest.targets if family_of(t) == family]
+    if not of_family:
+        raise InputError(f"{root}: not built for {asked!r}, expected one of: {', '.join(manifest.targets)}")
+    here = [gpu.sm for gpu in gpus()] if len(of_family) > 1 else []
+    return next((t for t in of_family if sm_of(t) in here), of_family[0])
 
 
 def _identity(root: Path) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from wsi_rt.runtime.doctor_gpu import examine_engines, examine_gpu, render_gpu
 from wsi_rt.runtime.threads import usable_cpus
 
 # Import name -> distribution. The base needs all of its own; an extra may be absent.
@@ -33,9 +34,14 @@ EXPORT = {
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")
 
 
-def examine() -> dict[str, Any]:
-    """Look without importing anything heavy. `ok` is whether the main job can run here."""
+def examine(engines: Path | None = None) -> dict[str, Any]:
+    """Look without importing anything heavy. `ok` is whether the main job can run here: with `engines`, a bundle,
+    whether any of its targets does. What GPU targets lack is no problem of it ("gpu", "missing").
+
+    Raises InputError and EngineMismatchError for what is no whole bundle.
+    """
     base, export = ({n: _version(n, d) for n, d in group.items()} for group in (BASE, EXPORT))
+    base["onnxruntime"] = base["onnxruntime"] or _version("onnxruntime", "onnxruntime-gpu")
     problems = [f"{BASE[n]} is not installed: pip install {BASE[n]}" for n, v in base.items() if v is None]
     if _version("onnxruntime", "onnxruntime") and _version("onnxruntime", "onnxruntime-gpu"):
         problems.append(
@@ -43,6 +49,10 @@ def examine() -> dict[str, Any]:
             "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime"
         )
     problems += [p for p in (_openslide_problem(), _onnxruntime_problem()) if p]
+    gpu = examine_gpu()
+    targets = {} if engines is None else examine_engines(engines, gpu["pieces"])
+    if targets and None not in targets.values():
+        problems.append(f"{engines}: none of its engines runs here")
     return {
         "ok": not problems,
         "problems": problems,
@@ -55,10 +65,12 @@ def examine() -> dict[str, Any]:
             "cpus": os.cpu_count(),
             "usable_cpus": usable_cpus(),
             "memory_bytes": _memory_bytes(),
-            "nvidia_driver": Path("/proc/driver/nvidia/version").exists(),
+            "nvidia_driver": gpu["driver"],
         },
         "base": base,
         "export": export,
+        "gpu": gpu,
+        "engines": targets,
     }
 
 
@@ -69,13 +81,14 @@ def render(report: dict[str, Any]) -> str:
     lines = [
         f"wsi-rt {report['wsi_rt']} on Python {report['python']}, {machine['system']}",
         f"CPU     {machine['isa']}, {machine['usable_cpus']} of {machine['cpus']} CPUs usable, {memory}, {flags}",
-        f"GPU     NVIDIA driver {'found' if machine['nvidia_driver'] else 'not found'}; target built here: ort-cpu",
     ]
     for group, hint in (("base", "pip install ."), ("export", "pip install '.[export]'")):
         have = [f"{n} {v}" for n, v in report[group].items() if v]
         lack = [n for n, v in report[group].items() if not v]
         missing = f"; missing {', '.join(lack)} ({hint} in a checkout)" if lack else ""
         lines.append(f"{group:7} {', '.join(have) or 'nothing'}{missing}")
+    lines += render_gpu(report["gpu"])
+    lines += [f"engines {target}: {why or 'ok'}" for target, why in report["engines"].items()]
     lines += [f"PROBLEM {p}" for p in report["problems"]]
     lines.append("ok: engines can run here" if report["ok"] else "engines cannot run here")
     return "\n".join(lines)

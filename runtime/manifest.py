@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from wsi_rt.runtime.atomic import is_vacant
 from wsi_rt.runtime.errors import EngineMismatchError, InputError
 from wsi_rt.runtime.hashing import sha256_json
 
-SCHEMA = 3
+SCHEMA = 4
+READS = (3, 4)  # 3: before targets that need a GPU; every one of its fields is still there
+NOT_RUN = "not run: "  # begins what a parity report says of an engine that the building machine could not run
 FILE_NAME = "manifest.json"
 COMPONENTS = ("tile_encoder", "slide_encoder", "projector", "llm")
 
@@ -34,8 +36,10 @@ class Compiled:
 
     graphs: role ("model", or "embed" and "decoder") -> file, relative to the bundle. weights_dir: folder that
     their external weights are relative to. formats: how quantised Linear layers are stored (bits, block, symmetric)
-    and how many. parity: how far the "engine" was from the reference, the worst of its "layers", and the "gate".
-    requires: what the machine must have, such as {"isa": "x86_64"}.
+    and how many. parity: how far the "engine" was from the reference ("not run: ..." where the machine that built it
+    could not), the worst of its "layers", the "gate", and of `source` how far that was.
+    requires: what the machine must have, such as {"isa": "x86_64", "sm": "89"}. source: the ONNX files that the graphs
+    were made from, for a target that needs a GPU; onnxruntime runs them on any CPU.
     """
 
     graphs: Mapping[str, str]
@@ -44,6 +48,11 @@ class Compiled:
     formats: Mapping[str, Mapping[str, Any]]
     parity: Mapping[str, Any]
     requires: Mapping[str, str]
+    source: Mapping[str, str] = field(default_factory=dict)
+
+    def measured(self) -> Mapping[str, float]:
+        """The figures of the engine, or of the ONNX files that an engine which has not run was made from."""
+        return self.parity["source"] if isinstance(self.parity["engine"], str) else self.parity["engine"]
 
 
 @dataclass(frozen=True)
@@ -117,11 +126,15 @@ class Manifest:
         data = asdict(self)
         return {**data, "digest": sha256_json(json.loads(json.dumps(data)))}
 
-    def rebuild_command(self, root: Path, everything: bool = False) -> str:
-        """What builds this bundle again where it stands; `everything`: with all the checkpoint's components."""
+    def rebuild_command(self, root: Path, everything: bool = False, sm: int | None = None) -> str:
+        """What builds this bundle again where it stands; `everything`: with all the checkpoint's components; sm: for
+        this GPU architecture too."""
         whole = everything or set(self.components) == set(self.source["components"])
         subset = "" if whole else f" --components {','.join(self.components)}"
-        return f"wsi-rt build-engines {self.source['arguments']}{subset} --out {shlex.quote(str(root))} --force"
+        sms = sorted({*self.build.get("sms", ()), *([] if sm is None else [sm])})
+        compiled_for = f" --sm {','.join(map(str, sms))}" if sms else ""
+        flags = f"{self.source['arguments']}{compiled_for}{subset}"
+        return f"wsi-rt build-engines {flags} --out {shlex.quote(str(root))} --force"
 
 
 def load_manifest(root: Path) -> Manifest:
@@ -144,9 +157,10 @@ def load_manifest(root: Path) -> Manifest:
         schema = int(data["schema"])
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
         raise EngineMismatchError(f"{path}: damaged ({e!r}); {again}") from e
-    if schema != SCHEMA:
+    if schema not in READS:
+        reads = " and ".join(map(str, READS))
         raise EngineMismatchError(
-            f"{path}: schema {schema}, this wsi-rt reads {SCHEMA}; use the wsi-rt {data.get('version')}, or {again}"
+            f"{path}: schema {schema}, this wsi-rt reads {reads}; use the wsi-rt {data.get('version')}, or {again}"
         )
     if digest != sha256_json(data):
         raise EngineMismatchError(f"{path}: edited after the build (its digest does not match); {again}")

@@ -16,6 +16,8 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
+from wsi_rt.runtime.engines.ort import plain_failure
+from wsi_rt.runtime.engines.ort_provider import on_cpu
 from wsi_rt.runtime.engines.registry import backend
 from wsi_rt.runtime.errors import EngineMismatchError, ParityError
 from wsi_rt.runtime.manifest import EngineManifest
@@ -41,11 +43,17 @@ class Gate:
 # and summation order in fp32 (about 2e-6 is seen), and where Linear layers are integer blocks, their activations
 # rounded to 8 bits: each layer is off by 0.02, and after 32 of them the end by 0.14 (cosine 0.99). A fault in one layer
 # could hide in the latter, which is why layers have bounds of their own.
+# In 16 bits weights are rounded too. Of the nano preset and components of 768 to 4,096 channels, at worst (end, its
+# cosine below 1, a layer, a row in one): fp16 2.8e-3, 4.3e-6, 1.2e-3, 2.7e-3; bf16 2.0e-2, 1.8e-4, 8.7e-3, 1.7e-2,
+# eight times as much, as three bits less say. The bounds are 3 to 4 times that, and of the end's cosine 10 times: 32
+# and 40 layers add up more than the 12 measured.
 _ROUNDED = Gate(max_rel=0.3, min_cosine=0.95, max_layer=0.05, max_row=0.2)
 GATES = {
     "fp32": Gate(max_rel=5e-5, min_cosine=0.999999, max_layer=1e-4, max_row=1e-3),
     "int8": _ROUNDED,
     "int4": _ROUNDED,
+    "fp16": Gate(max_rel=0.01, min_cosine=0.99995, max_layer=0.004, max_row=0.01),
+    "bf16": Gate(max_rel=0.07, min_cosine=0.998, max_layer=0.03, max_row=0.06),
 }
 
 
@@ -128,7 +136,7 @@ def load_check(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[A
 
 
 def check_component(root: Path, target: str, manifest: EngineManifest, threads: int) -> Parity:
-    """Run a component on its stored input and compare with its stored reference output."""
+    """Run a component's engine on its stored input and compare with its stored reference output."""
     inputs, expected = load_check(root / manifest.check)
     if manifest.name == "llm":
         teach, compiled = backend(target).decoder_class().teach, manifest.compiled(target)
@@ -142,6 +150,28 @@ def check_component(root: Path, target: str, manifest: EngineManifest, threads: 
     return compare(actual, expected)
 
 
+def check_source(root: Path, target: str, manifest: EngineManifest, threads: int) -> Parity:
+    """The same of the ONNX files that the engine was made from, run by onnxruntime on the CPU: what can be checked of
+    an engine that this machine cannot run."""
+    inputs, expected = load_check(root / manifest.check)
+    return compare(run_source(root, manifest, manifest.compiled(target).source, inputs, threads), expected)
+
+
+def run_source(root: Path, manifest: EngineManifest, source: Mapping[str, str], inputs: Arrays, threads: int) -> Arrays:
+    """The outputs of a component's ONNX files, by role, on the CPU. A language model takes the prompt, then the answer
+    token by token."""
+    graphs = {role: root / path for role, path in source.items()}
+    if manifest.name == "llm":
+        from wsi_rt.runtime.llm.ort_cuda_decoder import OrtCudaDecoder
+
+        with OrtCudaDecoder(manifest, graphs, on_cpu(threads)) as decoder:
+            return {"logits": decoder.taught(inputs["embeds"], inputs["token_ids"])}
+    session = on_cpu(threads).open(graphs["model"], graphs["model"].parent)
+    names = [s.name for s in manifest.outputs]
+    with plain_failure(manifest.name):
+        return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+
+
 def require(name: str, what: str, parity: Parity, gate: Gate) -> None:
     """Raises ParityError, naming the component and both numbers, when the gate does not hold."""
     if not parity.passes(gate):
@@ -153,9 +183,13 @@ def require(name: str, what: str, parity: Parity, gate: Gate) -> None:
 
 
 def _what_now(name: str, gate: Gate) -> str:
-    """Large activations lose most to 8 bits: an honest engine can miss the gate there."""
-    wider = "" if gate == GATES["fp32"] else f"; if the checkpoint is sound, try --precision {name}=fp32"
-    return f"nothing was installed{wider}"
+    """Large activations lose most to 8 bits, and are beyond fp16: an honest engine can miss the gate there."""
+    if gate == GATES["fp32"]:
+        return "nothing was installed"
+    wider = f"--precision {name}=fp32"
+    if gate in (GATES["fp16"], GATES["bf16"]):
+        wider = f"--precision {name}=bf16 for its range, or --target torch, which computes in fp32"
+    return f"nothing was installed; if the checkpoint is sound, try {wider}"
 
 
 @dataclass(frozen=True)

@@ -64,15 +64,17 @@ class Pipeline:
         threads: int | None = None,
         store: FeatureStore | None = None,
         model: ModelSettings | None = None,
+        target: str | None = None,
     ) -> Pipeline:
         """store: where slides encoded before are looked up, and kept; None: every slide is encoded. model: how the
-        language model runs: memory, prefixes on disk.
+        language model runs: memory, prefixes on disk. target: which of the bundle's, see Bundle.open.
 
-        Raises InputError (no bundle there), EngineMismatchError (edited, damaged, another machine's).
+        Raises InputError (no bundle there), MachineError (no GPU for a target that needs one), EngineMismatchError
+        (edited, damaged, another machine's).
         """
         clock = Stopwatch()
         with clock.measure("open"):
-            pipeline = cls(Bundle.open(engines, threads), store, model)
+            pipeline = cls(Bundle.open(engines, threads, target), store, model)
         pipeline._clock = clock
         return pipeline
 
@@ -315,4 +317,7 @@ class Pipeline:
         target, components = self.bundle.target, self.bundle.manifest.components
         precision = {name: c.targets[target].precision for name, c in components.items() if target in c.targets}
         fast = {"fast": True} if self._asking.fast else {}
-        return {"target": target, "precision": precision, "threads": self.bundle.threads, **fast}
+        facts = {**{name: engine.facts for name, engine in self._engines.items()}, "llm": self._asking.facts}
+        told = {name: dict(of_one) for name, of_one in facts.items() if of_one}  # of what is open
+        runs = {"runs": told} if told else {}
+        return {"target": target, "precision": precision, "threads": self.bundle.threads, **runs, **fast}

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from wsi_rt.runtime.bundle import Bundle
+from wsi_rt.runtime.devices import gpus
 from wsi_rt.runtime.engines.base import Engine
 from wsi_rt.runtime.engines.registry import backend
 from wsi_rt.runtime.errors import WsiRtError
@@ -77,7 +78,8 @@ def this_machine(target: str) -> dict[str, Any]:
         model = next(x.split(":")[1].strip() for x in lines if x.startswith("model name"))
     except (OSError, StopIteration, IndexError):
         model = platform.processor()
-    return {"cpu": model, "isa": platform.machine(), "cpus": os.cpu_count(), "target": target}
+    gpu = {"gpu": gpus()[0].name} if target != "ort-cpu" and gpus() else {}
+    return {"cpu": model, "isa": platform.machine(), "cpus": os.cpu_count(), "target": target, **gpu}
 
 
 def stored(bundle: Bundle) -> Measured | None:

@@ -78,8 +78,10 @@ class Sentinel:
     def _hopeless(self, name: object, count: int, total: int) -> WsiRtError:
         tried = "" if self._open is None else ", in fp32 too"
         fix = "check the engines with `wsi-rt verify DIR`, and report this if they pass"
-        if any(compiled.precision != "fp32" for compiled in self._manifest.targets.values()):  # the weights are rounded
-            fix = f"rebuild the engines with --precision {self._manifest.name}=fp32; if they are fp32, {fix}"
+        rounded = {compiled.precision for compiled in self._manifest.targets.values()} - {"fp32"}
+        if rounded:
+            wider = "bf16" if rounded == {"fp16"} else "fp32"  # fp16 ends at 65,504
+            fix = f"rebuild the engines with --precision {self._manifest.name}={wider}; if they are that, {fix}"
         return WsiRtError(
             f"{self._what} {name} encodes to values that are not finite{tried} ({count} of {total} in this step do); "
             f"{fix}"

@@ -80,8 +80,10 @@ def test_imports_point_down(path: Path) -> None:
 
 
 def of_the_runtime(path: Path) -> bool:
-    """All of runtime/ but the torch backend."""
-    of_torch = path.parent == ROOT / "runtime" / "llm" and path.name.startswith("torch_")
+    """All of runtime/ but the torch backend, and the ring of tiles on a GPU behind its package's functions."""
+    folders, ring = (ROOT / "runtime" / "llm", ROOT / "runtime" / "engines"), ROOT / "runtime" / "slides" / "device"
+    of_torch = path.parent in folders and path.name.startswith("torch_")
+    of_torch |= path.parent == ring and path.name != "__init__.py"
     return path.is_relative_to(ROOT / "runtime") and not of_torch
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from wsi_rt.export.arch import EMBED_TOKENS, LM_HEAD, ComponentConfig, LlamaConfig, Shapes
 from wsi_rt.export.graphs.builder import WeightFile
-from wsi_rt.export.quantise import BlockFormat, Blocks, FormatOf, unpack
+from wsi_rt.export.quantise import U8, BlockFormat, Blocks, FormatOf, unpack
 from wsi_rt.export.sources.weights import F32, Derived, WeightSource
 
 HEAD, TABLE = f"{LM_HEAD}.weight", f"{EMBED_TOKENS}.weight"
@@ -56,8 +56,14 @@ class Stored(Derived):
         codes = unpack(self._file.read(f"{kind}.codes").reshape(*dims, -1), form)
         zeros = np.full(dims, form.middle, np.uint8)
         if not form.symmetric:
-            zeros = unpack(self._file.read(f"{kind}.zeros").reshape(out, -1), form)[:, : dims[1]]
+            zeros = self._zeros(kind, form, dims)
         return Blocks(form, codes, scales, zeros).dequantised(inputs)
+
+    def _zeros(self, kind: str, form: BlockFormat, dims: tuple[int, int]) -> U8:
+        """[out, blocks]; rows of an odd number of 4-bit zeros are dense where only standard graphs were written."""
+        if self._file.holds(f"{kind}.zeros"):
+            return unpack(self._file.read(f"{kind}.zeros").reshape(dims[0], -1), form)[:, : dims[1]]
+        return unpack(self._file.read(f"{kind}.zeros.dense"), form)[: dims[0] * dims[1]].reshape(dims)
 
 
 class Compared(Derived):

@@ -206,7 +206,7 @@ def logit_error(manifest: EngineManifest, target: str) -> float:
     """How far a logit may be off: the engine's own error, and where its weights are rounded what that moves, both as
     the build measured them."""
     rounding = float(manifest.rounding["outputs"]["max_abs"]) if manifest.rounding else 0.0
-    return float(manifest.compiled(target).parity["engine"]["max_abs"]) + rounding
+    return float(manifest.compiled(target).measured()["max_abs"]) + rounding
 
 
 def compare_answers(

@@ -168,7 +168,7 @@ def _error(component: EngineManifest | None, target: str, precision: str) -> tup
     if component is None or target not in component.targets or component.targets[target].precision != precision:
         gate = GATES[precision]
         return gate.max_rel / OTHER_SLIDES, sqrt(1 - gate.min_cosine) / OTHER_SLIDES
-    measured = [component.targets[target].parity["engine"]]
+    measured = [component.targets[target].measured()]
     measured += [component.rounding["outputs"]] if component.rounding else []
     return sum(m["max_rel"] for m in measured), sum(sqrt(max(1 - m["min_cosine"], 0.0)) for m in measured)
 

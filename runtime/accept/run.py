@@ -31,6 +31,7 @@ class AcceptRequest:
     slide_settings: SlideSettings = field(default_factory=SlideSettings)
     generation: Mapping[str, Any] = field(default_factory=dict)
     threads: int | None = None
+    target: str | None = None
 
 
 def run_accept(request: AcceptRequest, on_progress: OnProgress) -> list[Section]:
@@ -39,7 +40,7 @@ def run_accept(request: AcceptRequest, on_progress: OnProgress) -> list[Section]
     Files are read before the long work. Raises InputError and its kin for files, whatever opens engines raises.
     """
     matched = _matched(request)
-    with Pipeline.open(request.engines, request.threads) as pipeline:
+    with Pipeline.open(request.engines, request.threads, target=request.target) as pipeline:
         bundle = pipeline.bundle
         settings = pipeline.default_generation().with_overrides(**request.generation)
         reference = read_reference(request.features, bundle.manifest)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from wsi_rt.runtime.commands.options import ENGINES, JSON, SLIDE, SLIDE_FLAGS, THREADS
+from wsi_rt.runtime.commands.options import ENGINES, JSON, SLIDE, SLIDE_FLAGS, TARGET, THREADS
 from wsi_rt.runtime.config import SlideSettings
 from wsi_rt.runtime.errors import InputError, ParityError
 from wsi_rt.runtime.progress import Progress
@@ -29,6 +29,7 @@ _FILE = click.Path(path_type=Path)
 @click.option("--no-repeat-ngram-size", type=int, help="0 switches it off.")
 @click.option("--stop", multiple=True, help="Repeatable; replaces the default turn markers.")
 @SLIDE
+@TARGET
 @THREADS
 @JSON
 def accept(
@@ -38,6 +39,7 @@ def accept(
     questions: Path | None,
     answers: Path | None,
     limit: int | None,
+    target: str | None,
     threads: int | None,
     as_json: bool,
     **flags: Any,
@@ -56,7 +58,7 @@ def accept(
         raise InputError("nothing to compare --features with: give --slide, or --questions and --answers")
     settings = SlideSettings(**{k: flags[k] for k in SLIDE_FLAGS})
     generation = {k: v for k, v in flags.items() if k not in SLIDE_FLAGS and v not in (None, ())}
-    request = AcceptRequest(engines, features, slide, questions, answers, limit, settings, generation, threads)
+    request = AcceptRequest(engines, features, slide, questions, answers, limit, settings, generation, threads, target)
     with Progress() as progress:
         sections = run_accept(request, progress.update)
     click.echo(json.dumps(to_json(sections), indent=1) if as_json else render(sections))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from wsi_rt.runtime.commands.cache import CACHE, store_of
-from wsi_rt.runtime.commands.options import ENGINES, JSON, SLIDE, SLIDE_FLAGS, THREADS, show
+from wsi_rt.runtime.commands.options import ENGINES, JSON, SLIDE, SLIDE_FLAGS, TARGET, THREADS, show
 from wsi_rt.runtime.commands.prefix import MODEL, model_settings
 from wsi_rt.runtime.config import GenerationSettings, SlideSettings
 from wsi_rt.runtime.errors import InputError
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 @SLIDE
 @CACHE
 @MODEL
+@TARGET
 @THREADS
 @JSON
 def ask(
@@ -57,6 +58,7 @@ def ask(
     engines: Path,
     cache: Path | None,
     no_cache: bool,
+    target: str | None,
     threads: int | None,
     as_json: bool,
     **flags: Any,
@@ -70,7 +72,7 @@ def ask(
     asked, model = _questions(texts, choices, schema), model_settings(flags)
     slide = SlideSettings(**{k: flags[k] for k in SLIDE_FLAGS})
     chosen = {k: v for k, v in flags.items() if k not in SLIDE_FLAGS and v not in (None, ())}
-    with Pipeline.open(engines, threads, store_of(cache, no_cache), model) as pipeline, Progress() as progress:
+    with Pipeline.open(engines, threads, store_of(cache, no_cache), model, target) as pipeline, Progress() as progress:
         settings = pipeline.default_generation().with_overrides(**chosen)
         if len(asked) == 1:
             answers = [_one(pipeline, source, asked[0], settings, slide, progress, as_json)]

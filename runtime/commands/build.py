@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from wsi_rt.runtime.commands.options import THREADS
+from wsi_rt.runtime.commands.options import THREADS, architectures
 from wsi_rt.runtime.errors import InputError, MachineError
 from wsi_rt.runtime.progress import Progress
 
@@ -21,7 +21,14 @@ from wsi_rt.runtime.progress import Progress
 @click.option("--tokenizer", metavar="P", help="tokenizer.model or tokenizer.json (default: from --llava).")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Bundle folder to write.")
 @click.option("--target", default="ort-cpu", show_default=True, help="What to compile for.")
-@click.option("--precision", metavar="SPEC", help="fp32, int8 or int4 where supported, or component=precision,...")
+@click.option(
+    "--sm",
+    "sms",
+    metavar="LIST",
+    callback=architectures,
+    help="GPU architectures to compile for, where the target is compiled for one: 80,89 (default: this GPU's).",
+)
+@click.option("--precision", metavar="SPEC", help="fp32, fp16, ... where supported, or component=precision,...")
 @click.option("--fast", is_flag=True, help="Also 8-bit layers for `ask --fast`: int8 or int4 language models only.")
 @click.option("--components", metavar="LIST", help="Comma-separated subset of the checkpoint's components.")
 @click.option("--dry-run", is_flag=True, help="Check everything and say what would be built.")
@@ -32,6 +39,7 @@ def build_engines(
     components: str | None,
     dry_run: bool,
     target: str,
+    sms: tuple[int, ...] | None,
     precision: str | None,
     fast: bool,
     force: bool,
@@ -52,7 +60,7 @@ def build_engines(
         raise MachineError(
             f"building engines needs {e.name or e}: pip install '.[export]' in a checkout of wsi-rt"
         ) from e
-    request = build.BuildRequest(Sources(**sources), out, target, precision, names, force, threads, fast)
+    request = build.BuildRequest(Sources(**sources), out, target, precision, names, force, threads, fast, sms)
     plan = build.plan_build(request)
     if build.is_up_to_date(plan):
         click.echo(f"{out}: up to date", err=True)
@@ -63,11 +71,20 @@ def build_engines(
         return
     with Progress() as progress:
         manifest = build.build_engines(plan, lambda step: progress.step(f"build: {step}", plan.steps()))
-        if any("encoder" in name for name in manifest.components):
+        engines = [t.parity["engine"] for c in manifest.components.values() for t in c.targets.values()]
+        unrun = sorted({e for e in engines if isinstance(e, str)})
+        runs_here = any(not isinstance(e, str) for e in engines)
+        if runs_here and any("encoder" in name for name in manifest.components):
             progress.step("build: measure the encoders on this machine", plan.steps() + 1)
             measure(Bundle.open(out, threads))
     size = sum(f.size for f in manifest.files.values())
-    click.echo(f"{out}: {', '.join(manifest.components)} for {target}, {size / 1e6:.0f} MB", err=True)
+    click.echo(
+        f"{out}: {', '.join(manifest.components)} for {', '.join(manifest.targets)}, {size / 1e6:.0f} MB", err=True
+    )
+    if unrun:
+        click.echo(
+            f"note: engines {', '.join(unrun)}; the ONNX that they were made from was held to the gate", err=True
+        )
 
 
 def _component_names(components: str | None) -> tuple[str, ...]:
@@ -81,7 +98,7 @@ def _component_names(components: str | None) -> tuple[str, ...]:
 def _describe(plan: Any) -> str:
     from wsi_rt.export.arch import parameter_count
 
-    lines = [f"would build {plan.request.out} for {plan.request.target} from {plan.checkpoint.label}"]
+    lines = [f"would build {plan.request.out} for {', '.join(plan.targets)} from {plan.checkpoint.label}"]
     for name, part in plan.checkpoint.parts.items():
         params, tensors = parameter_count(part.config), len(part.config.tensors())
         ignored = f", {part.ignored} tensors left out" if part.ignored else ""

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from wsi_rt.runtime.commands.cache import CACHE, store_of
-from wsi_rt.runtime.commands.options import ENGINES, JSON, SLIDE, THREADS, require_place, show
+from wsi_rt.runtime.commands.options import ENGINES, JSON, SLIDE, TARGET, THREADS, require_place, show
 from wsi_rt.runtime.config import SlideSettings
 from wsi_rt.runtime.errors import InputError
 from wsi_rt.runtime.progress import Progress
@@ -33,6 +33,7 @@ from wsi_rt.runtime.progress import Progress
 )
 @SLIDE
 @CACHE
+@TARGET
 @THREADS
 @JSON
 def encode(
@@ -42,6 +43,7 @@ def encode(
     coords: Path | None,
     cache: Path | None,
     no_cache: bool,
+    target: str | None,
     threads: int | None,
     as_json: bool,
     **slide: Any,
@@ -59,7 +61,7 @@ def encode(
             raise InputError(f"{source} holds slide tokens: no tile features can be made from it for {out}")
         require_place(out)
     wants_tokens, wants_features = (any(out.suffix.lower() == suffix for out in outs) for suffix in (".pt", ".h5"))
-    with Pipeline.open(engines, threads, store_of(cache, no_cache)) as pipeline, Progress() as progress:
+    with Pipeline.open(engines, threads, store_of(cache, no_cache), target=target) as pipeline, Progress() as progress:
         encoded = pipeline.encode(
             source,
             settings,

@@ -28,7 +28,7 @@ def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Co
     return apply
 
 
-def _architectures(_context: click.Context, _option: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+def architectures(_context: click.Context, _option: click.Parameter, value: str | None) -> tuple[int, ...] | None:
     if value is None:
         return None
     try:
@@ -39,9 +39,14 @@ def _architectures(_context: click.Context, _option: click.Parameter, value: str
 
 _FILE = click.Path(path_type=Path)
 ENGINES = click.option("--engines", type=_FILE, required=True, help="Engine bundle.")
+TARGET = click.option(
+    "--target",
+    metavar="NAME",
+    help="Which of the bundle's targets runs (default: the first).",
+)
 THREADS = click.option("--threads", type=int, help="CPU threads (default: the CPUs this process may use).")
 JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-SM = click.option("--sm", "sms", metavar="LIST", callback=_architectures, help="Only these architectures: 80,90.")
+SM = click.option("--sm", "sms", metavar="LIST", callback=architectures, help="Only these architectures: 80,90.")
 SLIDE = options(
     click.option("--mpp", type=float, help="The slide's level-0 resolution in um/px, overriding its metadata."),
     click.option("--target-mpp", type=float, default=TARGET_MPP, show_default=True, help="Working resolution, um/px."),

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from wsi_rt.runtime.commands.options import ENGINES, JSON, SLIDE, THREADS
+from wsi_rt.runtime.commands.options import ENGINES, JSON, SLIDE, TARGET, THREADS
 from wsi_rt.runtime.config import SlideSettings
 from wsi_rt.runtime.errors import InputError
 from wsi_rt.runtime.progress import Progress
@@ -23,9 +23,12 @@ SAMPLE = 32  # tiles read to see how long reading takes
 @ENGINES
 @SLIDE
 @click.option("--again", is_flag=True, help="Measure the engines anew, whatever is known of them.")
+@TARGET
 @THREADS
 @JSON
-def plan(source: Path, engines: Path, again: bool, threads: int | None, as_json: bool, **slide: Any) -> None:
+def plan(
+    source: Path, engines: Path, again: bool, target: str | None, threads: int | None, as_json: bool, **slide: Any
+) -> None:
     """Predict time and memory of encoding a slide (or an .h5 of tile features), stage by stage.
 
     Refuses (exit 2) what would not fit into memory. Engines are measured on this machine once.
@@ -35,7 +38,7 @@ def plan(source: Path, engines: Path, again: bool, threads: int | None, as_json:
     from wsi_rt.runtime.plan import StagePlan, plan_encode
     from wsi_rt.runtime.plan_measure import measure, resident_bytes, stored
 
-    bundle, settings, kind = Bundle.open(engines, threads), SlideSettings(**slide), input_kind(source)
+    bundle, settings, kind = Bundle.open(engines, threads, target), SlideSettings(**slide), input_kind(source)
     if kind == "slide_tokens":
         raise InputError(f"{source} holds slide tokens: nothing is left to encode; expected a slide or tile features")
     bundle.component("tile_encoder" if kind == "slide" else "slide_encoder")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,10 @@ Array = NDArray  # numpy on the CPU
 
 
 class Engine(ABC):
-    """A compiled function of named arrays. Context manager; `close` may be called twice. `precision`: as compiled."""
+    """A compiled function of named arrays. Context manager; `close` may be called twice. `precision`: as compiled.
+    facts: where and how it runs, as far as its target does not say (Pipeline tells them in `settings`)."""
+
+    facts: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, manifest: EngineManifest, precision: str) -> None:
         self.manifest, self.precision = manifest, precision

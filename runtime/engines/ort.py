@@ -38,17 +38,13 @@ def open_session(
         import onnxruntime as ort
     except ImportError as e:
         raise MachineError(f"onnxruntime does not import ({e}); pip install onnxruntime") from e
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3  # errors only: the rest is raised
+    options = session_options(weights_dir, threads)
     if shared_cores:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.enable_cpu_mem_arena = False
     where = "a graph in memory" if isinstance(graph, bytes) else str(graph)
-    options.add_session_config_entry(_WEIGHTS_FOLDER, str(weights_dir))
     if not has_vnni():  # AVX2 sums products of bytes in 16 bits, which overflow; what avoids it takes 2.5 times as long
         options.add_session_config_entry("session.x64quantprecision", "1")
-    options.add_session_config_entry(_DEQUANTISED_LEVEL, "1")
     try:
         disabled = [] if fold_constants else ["ConstantFolding"]
         model = graph if isinstance(graph, bytes) else graph.read_bytes()
@@ -61,6 +57,18 @@ def open_session(
     if session.get_providers() != [PROVIDER]:
         raise EngineMismatchError(f"{where}: would run on {session.get_providers()}, expected {PROVIDER}")
     return session
+
+
+def session_options(weights_dir: Path, threads: int) -> onnxruntime.SessionOptions:
+    """What sessions of every provider have in common."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # errors only: the rest is raised
+    options.add_session_config_entry(_WEIGHTS_FOLDER, str(weights_dir))
+    options.add_session_config_entry(_DEQUANTISED_LEVEL, "1")
+    return options
 
 
 @cache

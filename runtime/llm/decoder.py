@@ -8,9 +8,10 @@ sequence's KV holds its own tokens after that prefix.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Self
 
 import numpy as np
@@ -26,7 +27,8 @@ class DecoderSpec:
     """What a caller must know of a language model before it feeds it.
 
     kv_bytes_per_token: keys and values of one token in all layers. row_exact: a token's logits and KV are the same bits
-    whatever else is in the call and however its sequence is cut into calls; else the same to rounding.
+    whatever else is in the call and however its sequence is cut into calls; else the same to rounding. kv_bytes: of all
+    keys and values at a time, where the decoder's own memory bounds them.
     """
 
     vocab_size: int
@@ -34,6 +36,7 @@ class DecoderSpec:
     context_length: int
     kv_bytes_per_token: int
     row_exact: bool
+    kv_bytes: int | None = None
 
 
 class PrefixKV(ABC):
@@ -87,9 +90,10 @@ class Chunk:
 
 
 class Decoder(ABC):
-    """Context manager. Not thread-safe."""
+    """Context manager. Not thread-safe. facts: as an engine's."""
 
     spec: DecoderSpec
+    facts: Mapping[str, str] = MappingProxyType({})
 
     @classmethod
     @abstractmethod
@@ -153,9 +157,13 @@ class Decoder(ABC):
         if all_wide:
             raise NotImplementedError(f"{cls.__name__} has no graphs for calls of many rows")
         with cls.open(root, manifest, compiled, threads) as decoder:
-            kv = decoder.new_kv(len(embeds) + len(token_ids))
-            logits = [decoder.prefill(kv, embeds)]
-            logits += [decoder.step([kv], token_ids[i : i + 1])[0] for i in range(len(token_ids))]
+            return decoder.taught(embeds, token_ids)
+
+    def taught(self, embeds: F32, token_ids: NDArray[np.int64]) -> F32:
+        """The same of an open decoder."""
+        kv = self.new_kv(len(embeds) + len(token_ids))
+        logits = [self.prefill(kv, embeds)]
+        logits += [self.step([kv], token_ids[i : i + 1])[0] for i in range(len(token_ids))]
         return np.stack(logits)
 
     # What every backend checks, so that each refuses the same in the same words. All raise ValueError.

@@ -75,6 +75,8 @@ class LanguageModel:
         self.decoder, self.tokenizer, self._made_of = decoder, tokenizer, dict(made_of or {})
         self.store = PrefixStore(decoder, settings.prefixes, dtype=settings.prefix_dtype)
         kv_bytes = settings.kv_bytes if settings.kv_bytes is not None else available_bytes() // 2
+        if decoder.spec.kv_bytes is not None:
+            kv_bytes = min(kv_bytes, decoder.spec.kv_bytes)
         self.loop = Loop(decoder, tokenizer, Limits(kv_bytes=kv_bytes), self.store, settings.speculate)
 
     def prefix(self, projected: F32, template: str) -> SlidePrefix:

@@ -175,7 +175,7 @@ def test_verify_shows_it_too(tmp_path, changed, honest, precision, damage):
     opened = component.open_component(
         Part(config, changed(SyntheticSource(config, "test", 1), tensors)), folder, precision
     )
-    lowered = component.lower(opened, "ort-cpu")
+    lowered = component.lower(opened, "ort-cpu")["ort-cpu"]
     compiled = component.compiled_entry(lowered, tmp_path, config, precision)
     (folder / "check.npz").write_bytes((work / manifest.check).read_bytes())
     parity = check_component(tmp_path, "ort-cpu", replace(manifest, targets={"ort-cpu": compiled}), 1)

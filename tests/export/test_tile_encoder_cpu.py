@@ -31,7 +31,7 @@ TILES = np.random.default_rng(0).integers(0, 256, (64, 256, 256, 3), np.uint8)
 def lowered(tmp_path, config, precision):
     part = Part(config, SyntheticSource(config, "test", 1))
     component = open_component(part, tmp_path / "tile_encoder", precision)
-    return component, lower(component, "ort-cpu", 1)
+    return component, lower(component, "ort-cpu", threads=1)["ort-cpu"]
 
 
 def features(found, tiles, threads, batch):

@@ -25,7 +25,7 @@ from wsi_rt.runtime import bundle as bundle_module
 from wsi_rt.runtime.bundle import STAMP_NAME, Bundle
 from wsi_rt.runtime.errors import EngineMismatchError, InputError
 from wsi_rt.runtime.hashing import sha256_json
-from wsi_rt.runtime.manifest import SCHEMA, load_manifest
+from wsi_rt.runtime.manifest import READS, SCHEMA, load_manifest
 
 REBUILD = "wsi-rt build-engines --checkpoint 'synthetic:nano?seed=3' --components projector --out {} --force"
 REBUILD_ALL = "wsi-rt build-engines --checkpoint 'synthetic:nano?seed=3' --out {} --force"
@@ -281,13 +281,27 @@ def test_an_edited_manifest(root):
         Bundle.open(root)
 
 
-@pytest.mark.parametrize("schema", [0, SCHEMA - 1, SCHEMA + 1, 99])
+@pytest.mark.parametrize("schema", [0, READS[0] - 1, SCHEMA + 1, 99])
 def test_another_schema_says_which_version_reads_it(root, schema):
     edit_manifest(root, sign=True, schema=schema, version="9.8.7")
     with pytest.raises(
-        EngineMismatchError, match=rf"schema {schema}, this wsi-rt reads {SCHEMA}; use the wsi-rt 9\.8\.7, or rebuild"
+        EngineMismatchError, match=rf"schema {schema}, this wsi-rt reads 3 and 4; use the wsi-rt 9\.8\.7, or rebuild"
     ):
         Bundle.open(root)
+
+
+def test_a_bundle_of_the_schema_before_is_read(root):
+    """As schema 3 wrote it: no ONNX beside the engine, no architectures among the settings."""
+    data = json.loads((root / "manifest.json").read_text())
+    del data["components"]["projector"]["targets"]["ort-cpu"]["source"], data["build"]["sms"]
+    del data["digest"]
+    data = {**data, "schema": 3}
+    (root / "manifest.json").write_text(json.dumps({**data, "digest": sha256_json(data)}))
+    bundle = Bundle.open(root, threads=1)
+    assert bundle.component("projector").compiled("ort-cpu").source == {}
+    assert bundle.manifest.rebuild_command(root) == REBUILD.format(root)
+    with bundle.engine("projector") as engine:
+        engine.run({"tokens": np.zeros((1, 1024), np.float32)})
 
 
 def test_another_machine(root):
@@ -411,7 +425,7 @@ def test_a_bundle_of_two_targets(root):
     compiled["abacus"] = {**compiled["ort-cpu"], "graphs": graphs, "precision": "fp16", "requires": {"sm": "89"}}
     edit_manifest(root, sign=True, components=data["components"], targets=["ort-cpu", "abacus"])
     assert Bundle.open(root).target == "ort-cpu"
-    with pytest.raises(EngineMismatchError, match="built for 89, this machine is None; rebuild"):
+    with pytest.raises(EngineMismatchError, match=r"built for sm_89, this machine is .*; rebuild: wsi-rt"):
         Bundle.open(root, target="abacus")
     compiled["abacus"]["requires"] = {}
     edit_manifest(root, sign=True, components=data["components"], targets=["abacus", "ort-cpu"])

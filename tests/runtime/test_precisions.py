@@ -39,7 +39,7 @@ def test_it_answers_and_is_smaller(narrow, nano_bundle, slide):
 def test_inspect_tells_bits_block_and_symmetry(narrow, wsi_rt):
     out = wsi_rt("inspect", narrow).out
     assert "  weights: 16 Linear layers in 4 bits, one scale per 32, asymmetric" in out
-    assert "  weights: 13 Linear layers in 8 bits, one scale per 32, symmetric" in out
+    assert "  weights: 13 Linear layers in 8 bits, one scale per 64, symmetric" in out
     told = json.loads(wsi_rt("inspect", narrow, "--json").out)["components"]["tile_encoder"]["targets"]["ort-cpu"]
     assert sum(f["layers"] for f in told["formats"].values()) == 12
     assert f"  weights: {told['formats']['int8xrow']['layers']} Linear layers in 8 bits, one scale per row" in out

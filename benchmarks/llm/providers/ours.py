@@ -148,7 +148,8 @@ class Torch(Plain):
         component = self._bundle.component("llm")
         if (size := read_bytes(component, self._bundle.target)) > SMALL_PARAMETERS:
             raise CannotError(f"small shapes only: {size / 1e9:.1f} GB are made fp32 again at every step")
-        return TorchDecoder.open(self._bundle.root, component, None, self._bundle.threads)
+        compiled = component.compiled(self._bundle.target)
+        return TorchDecoder.open(self._bundle.root, component, compiled, self._bundle.threads)
 
 
 def read_bytes(component: EngineManifest, target: str) -> int:

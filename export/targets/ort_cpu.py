@@ -1,12 +1,10 @@
-"""Target -> how the export compiles a component for it. What the runtime opens for a target is in
-`runtime.engines.registry`; a target can be built only when it is in both.
-"""
+"""`ort-cpu`: graphs as onnxruntime's CPU kernels want them."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,46 +20,30 @@ from wsi_rt.export.graphs.llama_layers import build_attention, build_layers
 from wsi_rt.export.graphs.write import EMBED, MODEL, Component, write_main
 from wsi_rt.export.lowering import lower_ort_cpu
 from wsi_rt.export.parity import Arrays, run_layers, run_probe
-from wsi_rt.runtime.engines.registry import TARGETS
-from wsi_rt.runtime.errors import InputError
+from wsi_rt.export.targets.base import Lowered, Order
 from wsi_rt.runtime.llm.ort_layers import wide_role
 
 
-@dataclass(frozen=True)
-class Lowered:
-    """A target's graphs by role, the folder that their weights are relative to, and what the machine must have.
-
-    trajectory: what goes into the first layer on given inputs and comes out of each, computed as the target does;
-    called once. wide_trajectory: that of the graphs for calls of many rows, where there are any.
-    """
-
-    graphs: Mapping[str, Path]
-    weights_dir: Path
-    requires: Mapping[str, str]
-    trajectory: Callable[[Arrays], list[NDArray[np.float32]]]
-    wide_trajectory: Callable[[Arrays], list[NDArray[np.float32]]] | None = None
-
-
-# (component, the target's own empty folder, threads or 0) -> what was written there
-Lowering = Callable[[Component, Path, int], Lowered]
-
-
-def _ort_cpu(component: Component, folder: Path, threads: int) -> Lowered:
+def lower(order: Order) -> Mapping[str, Lowered]:
     """The language model is written lowered, since its KV handling differs; the others are onnxruntime's own
     optimisation of the same graph with the target's Linear layers."""
+    return {order.target: _lower(order.component, order.folder(order.target), order.threads)}
+
+
+def _lower(component: Component, folder: Path, threads: int) -> Lowered:
     c, shared, requires = component.config, component.weights.path.parent, {"isa": platform.machine()}
     style = Style(FusedLinears(component.format_of))
     if isinstance(c, LlamaConfig):
-        return _ort_cpu_llama(c, component, folder, style, threads)
+        return _lower_llama(c, component, folder, style, threads)
     probe, source = shared / "probe.onnx", shared / "to-lower.onnx"
-    _write_ort_cpu(component, probe, replace(style, probe=True))
-    _write_ort_cpu(component, source, style)
+    _write(component, probe, replace(style, probe=True))
+    _write(component, source, style)
     lower_ort_cpu(source, folder / "model.onnx", threads)
     source.unlink()
     return Lowered({MODEL: folder / "model.onnx"}, folder, requires, lambda inputs: run_probe(probe, inputs, threads))
 
 
-def _write_ort_cpu(component: Component, path: Path, style: Style) -> None:
+def _write(component: Component, path: Path, style: Style) -> None:
     if isinstance(component.config, ViTConfig):
         tile_encoder_cpu.build(component.config, component.source, component.weights, path, style)
     elif isinstance(component.config, LongNetConfig):
@@ -70,7 +52,7 @@ def _write_ort_cpu(component: Component, path: Path, style: Style) -> None:
         write_main(component, path, style)
 
 
-def _ort_cpu_llama(c: LlamaConfig, component: Component, folder: Path, style: Style, threads: int) -> Lowered:
+def _lower_llama(c: LlamaConfig, component: Component, folder: Path, style: Style, threads: int) -> Lowered:
     source, weights, shared = component.source, component.weights, component.weights.path.parent
     graphs = build_attention(c, weights, folder) | build_layers(c, source, weights, folder, style)
     build_embed(c, source, weights, graphs.setdefault(EMBED, folder / "embed.onnx"))
@@ -84,14 +66,3 @@ def _ort_cpu_llama(c: LlamaConfig, component: Component, folder: Path, style: St
 
     wide_too = partial(trajectory, all_wide=True) if component.wide is not None else None
     return Lowered(graphs, shared, {"isa": platform.machine()}, trajectory, wide_too)
-
-
-LOWERINGS: dict[str, Lowering] = {"ort-cpu": _ort_cpu}
-
-
-def lowering(target: str) -> Lowering:
-    """Raises InputError naming what can be built when `target` is not among it."""
-    if target not in LOWERINGS:
-        known = " (this wsi-rt opens it, but does not build it)" if target in TARGETS else ""
-        raise InputError(f"--target is {target!r}{known}, expected one of: {', '.join(LOWERINGS)}")
-    return LOWERINGS[target]
