@@ -70,10 +70,10 @@ step() {
 
 # onnxruntime-gpu takes the place of onnxruntime: the same module, never both.
 environment() {
-    python3 -m venv "$venv"
-    "$venv/bin/pip" install -q -c constraints/full.txt -e '.[export,tensorrt-rtx,dev]'
-    "$venv/bin/pip" uninstall -q -y onnxruntime
-    "$venv/bin/pip" install -q 'onnxruntime-gpu[cuda,cudnn]'
+    python3 -m venv "$venv" &&
+        "$venv/bin/pip" install -q -c constraints/full.txt -e '.[export,tensorrt-rtx,dev]' &&
+        "$venv/bin/pip" uninstall -q -y onnxruntime &&
+        "$venv/bin/pip" install -q 'onnxruntime-gpu[cuda,cudnn]' tensorrt
 }
 
 [ -n "$dry_run" ] || mkdir -p "$here"
@@ -83,6 +83,8 @@ fi
 [ -n "$dry_run" ] || [ -x "$venv/bin/wsi-rt" ] || fail 3 "$venv has no wsi-rt: see $here/log.txt"
 
 step doctor doctor.json "$venv/bin/wsi-rt" doctor --json
+# Target torch would run, and verify, on the CPU.
+step torch-cuda torch-cuda.txt "$venv/bin/python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 step tests tests.txt "$venv/bin/python" -m pytest -n 0 -m gpu
 for target in "${TARGETS[@]}"; do
     step "build-$target" "build-$target.txt" \

@@ -21,7 +21,7 @@ from wsi_rt.export.precision import parse_precision, weight_bytes, wide_bytes
 from wsi_rt.export.sources.checkpoint import Checkpoint, Sources, resolve
 from wsi_rt.export.sources.weights import Part
 from wsi_rt.export.targets import lowering
-from wsi_rt.export.targets.architectures import architectures
+from wsi_rt.export.targets.architectures import architectures, check_types
 from wsi_rt.runtime import manifest as m
 from wsi_rt.runtime.atomic import is_vacant, plain_os_error
 from wsi_rt.runtime.bundle import STAMP_NAME, Bundle, stamp_file, write_stamp
@@ -150,6 +150,7 @@ def plan_build(request: BuildRequest) -> BuildPlan:
         raise InputError(f"--components has {missing[0]!r}, expected some of: {expected} (what the checkpoint holds)")
     parts = {n: p for n, p in checkpoint.parts.items() if n in wanted}
     precision = parse_precision(request.precision, tuple(parts), request.target)
+    check_types(sms, precision)
     if request.fast and request.target != "ort-cpu":
         raise InputError(f"--fast is for the target ort-cpu, expected --target {request.target} without it")
     if request.fast and precision.get("llm", "fp32") == "fp32":

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wsi_rt.runtime.devices import gpus, require_gpu, sm_of
+from wsi_rt.runtime.engines import tensorrt_api
 from wsi_rt.runtime.engines.machine import NO_GPU, lacking
 from wsi_rt.runtime.engines.registry import backend, family_of
 from wsi_rt.runtime.errors import EngineMismatchError, InputError
@@ -74,10 +75,17 @@ class Bundle:
             if flaw == NO_GPU:
                 require_gpu(self.target)
             if flaw is not None:
-                sm = next((gpu.sm for gpu in gpus()), None) if "sm" in requires else None
-                raise EngineMismatchError(
-                    f"{self.root}: {flaw}; rebuild: {self.manifest.rebuild_command(self.root, sm=sm)}"
-                )
+                raise EngineMismatchError(f"{self.root}: {flaw}; {self._rebuild_here('sm' in requires)}")
+
+    def _rebuild_here(self, per_sm: bool) -> str:
+        """What makes this target run on this machine. per_sm: it is compiled for GPU architectures."""
+        if not per_sm or not gpus():
+            return f"rebuild: {self.manifest.rebuild_command(self.root)}"
+        here, family = gpus()[0].sm, tensorrt_api.family(self.target)
+        if family.ahead_of_time and here not in family.sms:
+            return f"{family.name} has no engines for this GPU, use another target: wsi-rt build-engines --target torch"
+        others = self.manifest.build.get("sms", ()) if family.ahead_of_time else ()
+        return f"rebuild: {self.manifest.rebuild_command(self.root, sms=sorted({*others, here}))}"
 
     @contextmanager
     def unreplaced(self) -> Iterator[None]:

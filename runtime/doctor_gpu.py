@@ -114,6 +114,8 @@ def _why_not(root: Path, target: str, pieces: Mapping[str, str | None]) -> str |
         Bundle.open(root, target=target)
     except WsiRtError as e:
         return str(e)
+    if family_of(target) == "ort-cuda" and (flaw := onnxruntime_problem()):
+        return flaw
     lacks = [p for p in PIECES if p.name in NEEDS.get(family_of(target), ()) and pieces[p.name] is None]
     return f"{lacks[0].name} is not installed: {lacks[0].fix}" if lacks else None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
@@ -126,12 +126,12 @@ class Manifest:
         data = asdict(self)
         return {**data, "digest": sha256_json(json.loads(json.dumps(data)))}
 
-    def rebuild_command(self, root: Path, everything: bool = False, sm: int | None = None) -> str:
-        """What builds this bundle again where it stands; `everything`: with all the checkpoint's components; sm: for
-        this GPU architecture too."""
+    def rebuild_command(self, root: Path, everything: bool = False, sms: Sequence[int] | None = None) -> str:
+        """What builds this bundle again where it stands; `everything`: with all the checkpoint's components; sms: for
+        these GPU architectures (None: those that it has)."""
         whole = everything or set(self.components) == set(self.source["components"])
         subset = "" if whole else f" --components {','.join(self.components)}"
-        sms = sorted({*self.build.get("sms", ()), *([] if sm is None else [sm])})
+        sms = self.build.get("sms", ()) if sms is None else sms
         compiled_for = f" --sm {','.join(map(str, sms))}" if sms else ""
         flags = f"{self.source['arguments']}{compiled_for}{subset}"
         return f"wsi-rt build-engines {flags} --out {shlex.quote(str(root))} --force"

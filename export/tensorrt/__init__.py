@@ -19,6 +19,7 @@ from wsi_rt.export.graphs.half import Half, half_of
 from wsi_rt.export.graphs.write import EMBED, Component
 from wsi_rt.export.plugins.lowering import PROGRAMS
 from wsi_rt.export.plugins.register import register_plugins
+from wsi_rt.export.targets.architectures import OLDEST_BF16
 from wsi_rt.export.targets.base import Lowered
 from wsi_rt.export.tensorrt.build import Options, build_engine
 from wsi_rt.export.tensorrt.check import specs, trajectory
@@ -32,8 +33,6 @@ from wsi_rt.runtime.errors import InputError
 from wsi_rt.runtime.features.store_place import default_root
 from wsi_rt.runtime.hashing import sha256_file
 from wsi_rt.runtime.manifest import TensorSpec
-
-_OLDEST_BF16 = 80  # GPUs before Ampere have no bf16 arithmetic
 
 
 def lower(component: Component, folder: Path, threads: int, target: str, sms: tuple[int, ...], dtype: str) -> Lowered:
@@ -78,7 +77,7 @@ def _checked(of: Family, sms: tuple[int, ...], half: Half) -> tuple[int, ...]:
     if unknown or not sms:
         told = ",".join(map(str, sms)) or "not given"
         raise InputError(f"--sm is {told}, {of.name} builds for: {', '.join(map(str, of.sms))}")
-    elder = [sm for sm in sms if sm < _OLDEST_BF16]
+    elder = [sm for sm in sms if sm < OLDEST_BF16]
     if half.name == "bf16" and elder:
         raise InputError(f"--sm {elder[0]} has no bf16, expected --precision fp16 or one of 80 and newer")
     return sms

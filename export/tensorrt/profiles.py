@@ -5,7 +5,7 @@ from __future__ import annotations
 from wsi_rt.export.arch import ComponentConfig, LlamaConfig, LongNetConfig, ViTConfig
 from wsi_rt.runtime.engines.tensorrt_sidecar import Profile
 
-# Activations of the largest slide take 3.7 GB (see docs/tensorrt.md), and grow with it; a longer slide is refused.
+# A longer slide is refused; what activations take is in docs/tensorrt.md.
 _MOST_TILES = 65_536
 _MOST_SEQUENCES = 64
 

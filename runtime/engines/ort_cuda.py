@@ -91,6 +91,7 @@ def gpu_provider(manifest: EngineManifest, compiled: Compiled, threads: int) -> 
     cuda = {"device_id": str(gpu.index), "use_tf32": "0"}
     if asked == "cuda":
         return Provider((CUDA,), (cuda,), "cuda", gpu.index, threads)
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # the TensorRT provider has no option for it
     return Provider((TENSORRT, CUDA), (tensorrt_options(manifest, compiled, gpu), cuda), "cuda", gpu.index, threads)
 
 
@@ -101,6 +102,7 @@ def tensorrt_options(manifest: EngineManifest, compiled: Compiled, gpu: devices.
         "engines": manifest.digest,
         "precision": compiled.precision,
         "sm": gpu.sm,
+        "gpu": gpu.name,
         "driver": devices.driver_version(),
         "versions": {name: _version(name) for name in ("onnxruntime-gpu", "tensorrt")},
     }

@@ -31,7 +31,6 @@ _OF_SHAPES = frozenset(
         *("Equal", "Expand", "Floor", "Gather", "Greater", "Identity", "Less", "LessOrEqual"),
         *("Max", "Min", "Mod", "Mul", "Neg", "Range", "ReduceMax", "ReduceProd"),
         *("Reshape", "Shape", "Size", "Slice", "Split", "Squeeze", "Sub", "Unsqueeze"),
-        *("Where"),
     }
 )
 

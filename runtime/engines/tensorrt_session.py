@@ -6,6 +6,7 @@ Has not run on a GPU: its order of calls, sizes and errors are tested with a sta
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from wsi_rt.runtime.engines.tensorrt_device import Device, Growing
 from wsi_rt.runtime.engines.tensorrt_sidecar import Sidecar, read_sidecar
 from wsi_rt.runtime.errors import EngineMismatchError, WsiRtError
 from wsi_rt.runtime.features.store_place import default_root
+from wsi_rt.runtime.hashing import sha256_json
 
 Shapes = Mapping[str, Sequence[int]]
 _SCRATCH = "\0scratch"  # no tensor has such a name
@@ -30,7 +32,7 @@ class Session:
         EngineMismatchError, with the command that rebuilds, when it is not for this machine."""
         self.sidecar = read_sidecar(path)
         of = family(self.sidecar.target)
-        gpu = require_gpu(of.name)
+        gpu = require_gpu(f"{of.name}-sm{self.sidecar.sms[0]}")
         self._module = load(of)
         _check_match(self.sidecar, gpu, self._module.__version__, path)
         self.name, self.device = name, Device(gpu.index)
@@ -66,9 +68,10 @@ class Session:
             return
         self.device.wait()
         if self._kept is not None and self._contexts:
-            self._cache_path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(self._cache_path) as path:
-                path.write_bytes(bytes(self._kept.serialize()))
+            with suppress(OSError, WsiRtError):  # a cache that cannot be written: compiled again next time
+                self._cache_path.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_write(self._cache_path) as path:
+                    path.write_bytes(bytes(self._kept.serialize()))
         self._contexts.clear()
         self._config = self._kept = self._engine = self._runtime = None
         self.buffers.close()
@@ -129,5 +132,5 @@ def _rebuild(sidecar: Sidecar, gpu: Gpu) -> str:
 
 def _cache_path(of: Family, sidecar: Sidecar, gpu: Gpu, version: str) -> Path:
     """Of one engine on one kind of GPU; the bundle's own folder may be read-only."""
-    graph = min(sidecar.onnx.items())[1][:16]
-    return default_root() / of.name / f"{graph}-sm{gpu.sm}-{version}.runtime-cache"
+    made_of = sha256_json(dict(sidecar.onnx))[:16]
+    return default_root() / of.name / f"{made_of}-sm{gpu.sm}-{version}.runtime-cache"

@@ -74,9 +74,9 @@ class LanguageModel:
         settings = settings or ModelSettings()
         self.decoder, self.tokenizer, self._made_of = decoder, tokenizer, dict(made_of or {})
         self.store = PrefixStore(decoder, settings.prefixes, dtype=settings.prefix_dtype)
-        kv_bytes = settings.kv_bytes if settings.kv_bytes is not None else available_bytes() // 2
-        if decoder.spec.kv_bytes is not None:
-            kv_bytes = min(kv_bytes, decoder.spec.kv_bytes)
+        own = decoder.spec.kv_bytes  # memory that the decoder holds already
+        kv_bytes = settings.kv_bytes if settings.kv_bytes is not None else own or available_bytes() // 2
+        kv_bytes = kv_bytes if own is None else min(kv_bytes, own)
         self.loop = Loop(decoder, tokenizer, Limits(kv_bytes=kv_bytes), self.store, settings.speculate)
 
     def prefix(self, projected: F32, template: str) -> SlidePrefix:

@@ -91,11 +91,12 @@ class TensorRtDecoder(Decoder):
         by_slot = {_own(c.kv).slot: i for i, c in enumerate(chunks)}
         found: list[F32] = [np.empty((0, self.spec.vocab_size), np.float32)] * len(chunks)
         single = sorted(slot for slot, i in by_slot.items() if len(chunks[i].embeds) == 1)
-        runs = [range(slot, slot + 1) for slot, i in by_slot.items() if len(chunks[i].embeds) > 1]
-        for run in (*runs, *self._runs(single)):
-            members = [chunks[by_slot[slot]] if slot in by_slot else None for slot in run]
+        several = [range(slot, slot + 1) for slot, i in by_slot.items() if len(chunks[i].embeds) > 1]
+        # Single tokens first: a slot between them takes part as an idle one, and its own run overwrites what that left.
+        for run, mine in [*((r, single) for r in self._runs(single)), *((r, [r.start]) for r in several)]:
+            members = [chunks[by_slot[slot]] if slot in mine else None for slot in run]
             for slot, logits in zip(run, self._launch(run.start, members), strict=True):
-                if slot in by_slot:
+                if slot in mine:
                     found[by_slot[slot]] = logits
         for c in chunks:
             c.kv.length += len(c.embeds)

@@ -108,7 +108,7 @@ class Slots:
         for part in range(self.shape.parts):
             larger = self.device.alloc(nbytes)
             self.device.clear(larger.pointer, nbytes)  # a hidden key's weight is 0, and 0 times garbage may be NaN
-            if self.count:
+            if part < len(self._tensors):
                 held = self._tensors[part]
                 self.device.copy(larger.pointer, held.pointer, held.nbytes)
                 self.device.wait()

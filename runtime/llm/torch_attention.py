@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from inspect import signature
 
 import numpy as np
 import torch
@@ -43,9 +44,11 @@ def choose_attention(device: torch.device, dtype: torch.dtype) -> tuple[Attentio
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return plain_attention, f"plain torch ({device.type}, {str(dtype).removeprefix('torch.')})"
     try:
-        from torch.nn.attention import varlen  # noqa: F401
+        from torch.nn.attention import varlen
     except ImportError:
         return plain_attention, f"plain torch (torch {torch.__version__} has no torch.nn.attention.varlen)"
+    if not {"window_size", "enable_gqa"} <= signature(varlen.varlen_attn).parameters.keys():
+        return plain_attention, f"plain torch (torch.nn.attention.varlen of torch {torch.__version__} is too old)"
     return flash_attention, "FlashAttention (torch.nn.attention.varlen)"
 
 
@@ -69,7 +72,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, spans: Spans, causal: bool)
         max(spans.keys),
         return_aux=AuxRequest(lse=True),
         window_size=(-1, 0) if causal else (-1, -1),
-        enable_gqa=q.shape[1] != k.shape[1],
+        enable_gqa=True,  # else torch may choose cuDNN, which plans anew for every shape
     )
     return out, lse.T[..., None]  # [heads, T] -> [T, heads, 1]
 

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TARGETS, BENCHES = ("torch", "ort-cuda", "tensorrt-rtx", "tensorrt"), ("kernels", "tiles", "encoders", "llm")
 STEPS = [
     "doctor",
+    "torch-cuda",
     "tests",
     *(f"{verb}-{target}" for target in TARGETS for verb in ("build", "verify")),
     *(f"bench-{name}" for name in BENCHES),
@@ -50,8 +51,8 @@ def venv(tmp_path):
     calls = tmp_path / "calls.txt"
     note = f'echo "$(basename "$0") $*" >> {calls}'
     script(tmp_path / "venv" / "bin" / "wsi-rt", f'{note}\n[ "$2" != tiles ] || exit 5\necho \'{{"ok": true}}\'')
-    # Only `python -m pytest` is a stand-in: what puts the result together is run.
-    script(tmp_path / "venv" / "bin" / "python", f'[ "$1" != -m ] || {{ {note}; exit 0; }}\nexec python3 "$@"')
+    # Only `python -m pytest` and the question for CUDA are stand-ins: what puts the result together is run.
+    script(tmp_path / "venv" / "bin" / "python", f'case $1 in -m | -c) {note}; exit 0 ;; esac\nexec python3 "$@"')
     return tmp_path / "venv", calls
 
 
@@ -95,7 +96,7 @@ def test_all_steps_run_and_a_failure_is_told(run, venv, tmp_path):
     assert told["bench-tiles"] is None
     assert (result["gpus"], result["checkpoint"]) == (["GPU 0: Stand-In (UUID: GPU-0)"], "synthetic:nano?seed=7")
     called = calls.read_text().splitlines()
-    assert called[1] == "python -m pytest -n 0 -m gpu"
+    assert called[2] == "python -m pytest -n 0 -m gpu"
     assert sum("build-engines --checkpoint synthetic:nano?seed=7 --target" in line for line in called) == len(TARGETS)
     assert [line for line in called if " bench " in line] == [f"wsi-rt bench {b} --quick --json" for b in BENCHES]
     assert (result_file.parent / "log.txt").read_text().count("== ") == len(STEPS)

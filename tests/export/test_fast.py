@@ -12,11 +12,11 @@ pytest.importorskip("torch", reason="the export extra is not installed")
 pytest.importorskip("transformers", reason="the export extra is not installed")
 pytest.importorskip("onnx", reason="the export extra is not installed")
 
-from wsi_rt.export import targets
 from wsi_rt.export.arch import LlamaConfig, linear_shapes
 from wsi_rt.export.component import build_component
 from wsi_rt.export.sources.synthetic import SyntheticSource
 from wsi_rt.export.sources.weights import Part
+from wsi_rt.export.targets import ort_cpu
 from wsi_rt.runtime.engines.registry import backend
 from wsi_rt.runtime.errors import InputError, ParityError
 from wsi_rt.runtime.features import write_slide_tokens
@@ -94,7 +94,7 @@ def test_a_fault_in_the_wide_layers_fails_the_build(tmp_path, monkeypatch):
             return x[::-1].copy() if self.damaged and name == "model.layers.1.mlp.down_proj.weight" else x
 
     source = Damaged(CONFIG, "test", 3)
-    real = targets.build_layers
+    real = ort_cpu.build_layers
 
     def build_layers(c, _source, weights, folder, style):
         source.damaged = folder.name == "wide"
@@ -103,7 +103,7 @@ def test_a_fault_in_the_wide_layers_fails_the_build(tmp_path, monkeypatch):
         finally:
             source.damaged = False
 
-    monkeypatch.setattr(targets, "build_layers", build_layers)
+    monkeypatch.setattr(ort_cpu, "build_layers", build_layers)
     with pytest.raises(ParityError, match=r"layer model\.layers\.1 differs"):
         build_component("llm", Part(CONFIG, source), tmp_path, "ort-cpu", "int4", 2, lambda _: None, True)
 

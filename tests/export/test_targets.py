@@ -113,7 +113,7 @@ def test_one_bundle_for_several_architectures(tmp_path, tiny_preset, no_gpu, aba
         f"--out {out} --force"
     )
     assert manifest.rebuild_command(out) == command
-    assert "--sm 80,89,120 " in manifest.rebuild_command(out, sm=120)
+    assert "--sm 80,89,120 " in manifest.rebuild_command(out, sms=(80, 89, 120))
     assert is_up_to_date(plan(tiny_preset, out, sms=(80, 89), **parts))
     with pytest.raises(InputError, match="holds another build"):
         is_up_to_date(plan(tiny_preset, out, sms=(80,), **parts))

@@ -192,7 +192,7 @@ def test_without_a_gpu(built, stand_in, monkeypatch):
     monkeypatch.setattr(tensorrt_session, "require_gpu", devices.require_gpu)
     monkeypatch.setattr(devices, "gpus", lambda: ())
     monkeypatch.setattr(devices, "found", lambda: devices.Survey(problem="no NVIDIA driver here"))
-    with pytest.raises(MachineError, match=r"tensorrt-rtx needs an NVIDIA GPU: no NVIDIA driver") as e:
+    with pytest.raises(MachineError, match=r"tensorrt-rtx-sm89 needs an NVIDIA GPU: no NVIDIA driver") as e:
         opened(built)
     assert e.value.exit_code == 3
 

@@ -64,7 +64,6 @@ def test_keys_are_split_where_programs_are_few():
 
 def test_the_plan_does_not_know_lengths():
     """The same shapes, whatever is in them: a CUDA graph holds one grid."""
-    assert published(20) == published(20)
     assert published(20, prefix_room=640) != published(20, prefix_room=64)
 
 

@@ -135,6 +135,24 @@ def test_a_sequence_that_waits_keeps_its_numbers(decoder, stand_in):
     assert [x["shapes"]["inputs_embeds"][0] for x in stand_in.launches] == [1, 1]
 
 
+def test_a_prompt_between_single_tokens(decoder, stand_in):
+    """Its slot takes part in the launch of its neighbours, idle, and then has one of its own."""
+    prompts = [embeds(f"p{i}", 6) for i in range(3)]
+    kvs = [decoder.new_kv(96) for _ in prompts]
+    for kv, prompt in zip(kvs, prompts, strict=True):
+        decoder.prefill(kv, prompt)
+    stand_in.launches.clear()
+    ids = [3, 50, 100, 7]
+    new = decoder.embed(np.array(ids))
+    chunks = [Chunk(kvs[0], new[:1]), Chunk(kvs[1], new[1:3], logits=2), Chunk(kvs[2], new[3:])]
+    first, middle, last = decoder.extend(chunks)
+    assert [x["shapes"]["inputs_embeds"][:2] for x in stand_in.launches] == [(3, 1), (1, 2)]
+    near(first, expected(prompts[0], ids[:1])[1:])
+    near(middle, expected(prompts[1], ids[1:3])[1:])
+    near(last, expected(prompts[2], ids[3:])[1:])
+    assert [kv.length for kv in kvs] == [7, 8, 7]
+
+
 def test_more_sequences_than_a_launch_takes(built, stand_in):
     root, manifest = built
     with TensorRtDecoder.open(root, manifest, manifest.compiled(TARGET), 1) as decoder:
