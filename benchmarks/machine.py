@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 from wsi_rt.benchmarks.report import Report, Row
 from wsi_rt.runtime.doctor import examine
+from wsi_rt.runtime.packages import installed_version
 
 PEERS = ("triton", "flash-attn")  # what benches measure beside what `wsi-rt doctor` lists
 
@@ -17,7 +17,7 @@ def report(rows: Sequence[Row]) -> Report:
     """The rows with this machine, its versions and the commit of this code."""
     found = examine()
     installed = {"wsi-rt": found["wsi_rt"], "python": found["python"], **found["base"], **found["export"]}
-    versions = {**installed, **{name: _version(name) for name in PEERS}}
+    versions = {**installed, **{name: installed_version(name) for name in PEERS}}
     machine = {**found["machine"], "gpus": gpus()}
     return Report(machine, {k: v for k, v in versions.items() if v}, commit(), list(rows))
 
@@ -43,10 +43,3 @@ def commit(folder: Path = Path(__file__).parent) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -29,6 +29,7 @@ from wsi_rt.runtime.config import TARGET_MPP, GenerationSettings
 from wsi_rt.runtime.errors import InputError
 from wsi_rt.runtime.hashing import sha256_file, sha256_json
 from wsi_rt.runtime.interrupts import checkpoint
+from wsi_rt.runtime.packages import installed_version
 from wsi_rt.runtime.plan_measure import FILE_NAME as MEASURED_NAME
 from wsi_rt.runtime.staging import require_room, staged_directory, standing_parent
 from wsi_rt.runtime.threads import resolve_threads
@@ -119,14 +120,7 @@ class BuildPlan:
 
 def toolchain(target: str) -> dict[str, str]:
     """Versions of what builds for a target. onnxruntime-gpu is onnxruntime under another name."""
-    return {name: version for name in (*TOOLCHAIN, *COMPILERS.get(target, ())) if (version := _version(name))}
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return {name: version for name in (*TOOLCHAIN, *COMPILERS.get(target, ())) if (version := installed_version(name))}
 
 
 def code_digest() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from wsi_rt.runtime.doctor_gpu import examine_engines, examine_gpu, render_gpu
+from wsi_rt.runtime.packages import installed_version
 from wsi_rt.runtime.threads import usable_cpus
 
 # Import name -> distribution. The base needs all of its own; an extra may be absent.
@@ -96,8 +96,8 @@ def render(report: dict[str, Any]) -> str:
 
 def _version(module: str, distribution: str) -> str | None:
     try:
-        return importlib.metadata.version(distribution) if importlib.util.find_spec(module) else None
-    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return installed_version(distribution) if importlib.util.find_spec(module) else None
+    except ValueError:  # a module without a spec
         return None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from wsi_rt.runtime.bundle import Bundle
 from wsi_rt.runtime.engines.ort_cuda import onnxruntime_problem
 from wsi_rt.runtime.engines.registry import TARGETS, family_of
 from wsi_rt.runtime.errors import WsiRtError
+from wsi_rt.runtime.packages import installed_version
 
 CUDNN = "libcudnn.so.9"
 _RUNTIMES = ("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu12")  # CUDA 13 and later have no suffix
@@ -142,21 +142,14 @@ def _version(piece: Piece) -> str | None:
             return None
     except (ImportError, ValueError):  # a parent package that is not there; a module without a spec
         return None
-    return next((v for d in piece.distributions if (v := _installed(d))), None)
-
-
-def _installed(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return next((v for d in piece.distributions if (v := installed_version(d))), None)
 
 
 def _cuda_flaw(found: devices.Survey) -> str | None:
     """CUDA libraries newer than the driver: a minor version may be, a major one not."""
     if found.cuda is None:
         return None
-    newer = [v for name in _RUNTIMES if (v := _installed(name)) and int(v.split(".")[0]) > found.cuda[0]]
+    newer = [v for name in _RUNTIMES if (v := installed_version(name)) and int(v.split(".")[0]) > found.cuda[0]]
     if not newer:
         return None
     return (
@@ -167,7 +160,7 @@ def _cuda_flaw(found: devices.Survey) -> str | None:
 
 def _cudnn() -> str | None:
     """pip's, or the system's."""
-    packaged = next((v for n in ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12") if (v := _installed(n))), None)
+    packaged = next((v for n in ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12") if (v := installed_version(n))), None)
     if packaged:
         return packaged
     try:

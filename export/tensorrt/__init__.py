@@ -19,7 +19,7 @@ from wsi_rt.export.graphs.half import Half, half_of
 from wsi_rt.export.graphs.write import EMBED, Component
 from wsi_rt.export.plugins.lowering import PROGRAMS
 from wsi_rt.export.plugins.register import register_plugins
-from wsi_rt.export.targets.architectures import OLDEST_BF16
+from wsi_rt.export.targets.architectures import check_types
 from wsi_rt.export.targets.base import Lowered
 from wsi_rt.export.tensorrt.build import Options, build_engine
 from wsi_rt.export.tensorrt.check import specs, trajectory
@@ -47,7 +47,7 @@ def lower(component: Component, folder: Path, threads: int, target: str, sms: tu
     a GPU, and when it refuses a node.
     """
     of, half = family(target), half_of(dtype)
-    sms = _checked(of, sms, half)
+    sms = _checked(of, sms, component.config.component, half)
     module = load(of)
     if not of.ahead_of_time:
         register_plugins()
@@ -65,7 +65,7 @@ def lower(component: Component, folder: Path, threads: int, target: str, sms: tu
     )
 
 
-def _checked(of: Family, sms: tuple[int, ...], half: Half) -> tuple[int, ...]:
+def _checked(of: Family, sms: tuple[int, ...], component: str, half: Half) -> tuple[int, ...]:
     """The architectures, for `tensorrt` this machine's own if none is told."""
     if not of.ahead_of_time:
         here = require_gpu(of.name).sm
@@ -77,9 +77,7 @@ def _checked(of: Family, sms: tuple[int, ...], half: Half) -> tuple[int, ...]:
     if unknown or not sms:
         told = ",".join(map(str, sms)) or "not given"
         raise InputError(f"--sm is {told}, {of.name} builds for: {', '.join(map(str, of.sms))}")
-    elder = [sm for sm in sms if sm < OLDEST_BF16]
-    if half.name == "bf16" and elder:
-        raise InputError(f"--sm {elder[0]} has no bf16, expected --precision fp16 or one of 80 and newer")
+    check_types(sms, {component: half.name})
     return sms
 
 

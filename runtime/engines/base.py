@@ -28,11 +28,12 @@ class Engine(ABC):
         """Compute every output, or only `outputs`, which are filled in place without a copy.
 
         Inputs must match the manifest in name, dtype and shape (one size per symbolic dimension, within
-        its profile). Raises InputError naming given and expected.
+        its profile); memory to fill is contiguous. Raises InputError naming given and expected.
         """
         dims: dict[str, int] = {}
         self._check(self.manifest.inputs, inputs, dims, complete=True)
         self._check(self.manifest.outputs, outputs or {}, dims, complete=False)
+        self._check_memory(outputs or {})
         return self._run(inputs, outputs or {})
 
     @abstractmethod
@@ -60,6 +61,12 @@ class Engine(ABC):
         for spec in specs:
             if spec.name in arrays:
                 self._check_one(spec, arrays[spec.name], dims)
+
+    def _check_memory(self, outputs: Mapping[str, Array]) -> None:
+        for name, x in outputs.items():
+            if not (x.flags.c_contiguous and x.flags.writeable):
+                what = "read-only" if x.flags.c_contiguous else "not contiguous"
+                raise InputError(f"{self.manifest.name}: `{name}` is {what}, expected memory to fill in place")
 
     def _check_one(self, spec: TensorSpec, array: Array, dims: dict[str, int]) -> None:
         told = f"{self.manifest.name}: `{spec.name}` is {array.dtype}{list(array.shape)}"

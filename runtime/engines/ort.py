@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from wsi_rt.runtime.engines.base import Array, Engine
-from wsi_rt.runtime.errors import EngineMismatchError, InputError, MachineError, WsiRtError
+from wsi_rt.runtime.errors import EngineMismatchError, MachineError, WsiRtError
 from wsi_rt.runtime.manifest import Compiled, EngineManifest
 
 if TYPE_CHECKING:
@@ -122,9 +122,6 @@ class OrtEngine(Engine):
         for name, x in contiguous.items():
             binding.bind_input(name, "cpu", 0, x.dtype, x.shape, x.ctypes.data)
         for name, x in outputs.items():
-            if not (x.flags.c_contiguous and x.flags.writeable):
-                what = "read-only" if x.flags.c_contiguous else "not contiguous"
-                raise InputError(f"{self.manifest.name}: `{name}` is {what}, expected memory to fill in place")
             binding.bind_output(name, "cpu", 0, x.dtype, x.shape, x.ctypes.data)
         with plain_failure(self.manifest.name):
             self._session.run_with_iobinding(binding)

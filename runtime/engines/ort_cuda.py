@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import io
 import os
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from wsi_rt.runtime.errors import InputError, MachineError, WsiRtError
 from wsi_rt.runtime.features.store_place import default_root
 from wsi_rt.runtime.hashing import sha256_json
 from wsi_rt.runtime.manifest import Compiled, EngineManifest
+from wsi_rt.runtime.packages import installed_version
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -53,10 +53,6 @@ class OrtCudaEngine(Engine):
         return cls(manifest, compiled.precision, session, provider)
 
     def _run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> dict[str, Array]:
-        for name, x in outputs.items():
-            if not (x.flags.c_contiguous and x.flags.writeable):
-                what = "read-only" if x.flags.c_contiguous else "not contiguous"
-                raise InputError(f"{self.manifest.name}: `{name}` is {what}, expected memory to fill in place")
         names = list(outputs) or [s.name for s in self.manifest.outputs]
         found = self.run_device({name: self._provider.put(x) for name, x in inputs.items()}, names)
         with plain_failure(self.manifest.name):
@@ -104,7 +100,7 @@ def tensorrt_options(manifest: EngineManifest, compiled: Compiled, gpu: devices.
         "sm": gpu.sm,
         "gpu": gpu.name,
         "driver": devices.driver_version(),
-        "versions": {name: _version(name) for name in ("onnxruntime-gpu", "tensorrt")},
+        "versions": {name: installed_version(name) for name in ("onnxruntime-gpu", "tensorrt")},
     }
     folder = default_root() / _CACHE / f"{manifest.name}-sm{gpu.sm}-{sha256_json(key)[:24]}"
     try:
@@ -123,7 +119,7 @@ def tensorrt_options(manifest: EngineManifest, compiled: Compiled, gpu: devices.
 def onnxruntime_problem(provider: str = CUDA) -> str | None:
     """What keeps the installed onnxruntime from `provider`, with the command that fixes it; None: nothing is known to.
     Loads CUDA's libraries as onnxruntime would."""
-    if _version("onnxruntime") and _version("onnxruntime-gpu"):
+    if installed_version("onnxruntime") and installed_version("onnxruntime-gpu"):
         return f"onnxruntime and onnxruntime-gpu are both installed and overwrite each other: {_REPLACE}"
     try:
         import onnxruntime as ort
@@ -151,10 +147,3 @@ def _loaded(ort: object) -> str:
         ort.preload_dlls()  # type: ignore[attr-defined]
     failed = [line for line in said.getvalue().splitlines() if line.startswith("Failed to load")]
     return failed[0].removeprefix("Failed to load ") if failed else ""
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None

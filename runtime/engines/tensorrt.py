@@ -16,7 +16,7 @@ from wsi_rt.kernels.dilated_attention.programs import program_table
 from wsi_rt.runtime.engines.base import Array, Engine
 from wsi_rt.runtime.engines.tensorrt_session import Session
 from wsi_rt.runtime.engines.tensorrt_sidecar import sizes
-from wsi_rt.runtime.errors import InputError, WsiRtError
+from wsi_rt.runtime.errors import WsiRtError
 from wsi_rt.runtime.manifest import Compiled, EngineManifest
 
 
@@ -78,9 +78,6 @@ class TensorRtEngine(Engine):
             x = told.get(spec.name)
             if x is None:
                 x = np.empty([d if isinstance(d, int) else dims[d] for d in spec.dims], spec.dtype)
-            elif not (x.flags.c_contiguous and x.flags.writeable):
-                what = "read-only" if x.flags.c_contiguous else "not contiguous"
-                raise InputError(f"{self.manifest.name}: `{spec.name}` is {what}, expected memory to fill in place")
             made[spec.name] = x
         return made
 

@@ -13,6 +13,7 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
+from wsi_rt.runtime.engines.registry import family_of
 from wsi_rt.runtime.errors import InputError, MachineError
 
 
@@ -41,7 +42,7 @@ _NEEDED = ("INetworkDefinition.add_attention", "INetworkDefinition.add_kv_cache_
 
 def family(target: str) -> Family:
     """Of `tensorrt-rtx` or `tensorrt-rtx-sm89`. Raises InputError for a target of neither module."""
-    name = target.rpartition("-sm")[0] if target.rpartition("-sm")[2].isdigit() else target
+    name = family_of(target)
     if name not in FAMILIES:
         raise InputError(f"target is {target!r}, expected one of: {', '.join(FAMILIES)}")
     return FAMILIES[name]

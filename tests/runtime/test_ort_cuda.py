@@ -180,7 +180,7 @@ def onnxruntime_gpu(monkeypatch, gpu):
         )
         monkeypatch.setitem(sys.modules, "onnxruntime", module)
         versions = {"onnxruntime-gpu": "1.32.0"}
-        monkeypatch.setattr(ort_cuda, "_version", versions.get)
+        monkeypatch.setattr(ort_cuda, "installed_version", versions.get)
 
     return install
 
@@ -194,10 +194,10 @@ def test_what_keeps_onnxruntime_from_cuda(onnxruntime_gpu, monkeypatch, capsys):
     assert capsys.readouterr().out == "", "what onnxruntime prints is not this command's output"
     onnxruntime_gpu(cuda="14.0")
     assert "is built for CUDA 14.0, the driver supports 13.1: install a newer driver" in str(onnxruntime_problem())
-    monkeypatch.setattr(ort_cuda, "_version", lambda name: "1.32.0")
+    monkeypatch.setattr(ort_cuda, "installed_version", lambda name: "1.32.0")
     assert "are both installed and overwrite each other: pip uninstall -y" in str(onnxruntime_problem())
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    monkeypatch.setattr(ort_cuda, "_version", lambda name: None)
+    monkeypatch.setattr(ort_cuda, "installed_version", lambda name: None)
     assert "pip install onnxruntime-gpu" in str(onnxruntime_problem())
 
 
@@ -236,6 +236,6 @@ def test_compiled_engines_are_kept_for_the_same_files_gpu_and_versions(built, ow
     first = folder()
     assert folder() == first
     others = {folder(replace(m, digest="e" * 64)), folder(gpu=replace(STAND_IN_GPU, sm=90))}
-    monkeypatch.setattr(ort_cuda, "_version", lambda name: "9.9")
+    monkeypatch.setattr(ort_cuda, "installed_version", lambda name: "9.9")
     others.add(folder())
     assert len({first, *others}) == 4

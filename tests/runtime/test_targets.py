@@ -252,7 +252,7 @@ def test_doctor_tells_what_gpu_work_lacks(wsi_rt, machine):
 def test_doctor_knows_libraries_newer_than_the_driver(monkeypatch):
     from wsi_rt.runtime import doctor_gpu
 
-    monkeypatch.setattr(doctor_gpu, "_installed", {"nvidia-cuda-runtime": "13.0.96"}.get)
+    monkeypatch.setattr(doctor_gpu, "installed_version", {"nvidia-cuda-runtime": "13.0.96"}.get)
     old = Survey((Gpu(0, "stand-in", 89, 1 << 30),), "535.1", (12, 2))
     monkeypatch.setattr(devices, "found", lambda: old)
     lacks = {m["what"]: m["fix"] for m in doctor_gpu.examine_gpu()["missing"]}
