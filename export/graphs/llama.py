@@ -61,16 +61,21 @@ class LlamaGraph(Graph):
         b, c = self.b, self.c
         x = b.input("inputs_embeds", FLOAT, ["batch", "tokens", c.hidden])
         self.make_shared(x)
-        self.layer_boundary(x, ["batch", "tokens", c.hidden])
-        for i in range(c.layers):
-            with b.scope(f"layers.{i}"):
-                x = self.make_layer(x, i)
-            self.layer_boundary(x, ["batch", "tokens", c.hidden])
+        x = self.make_layers(x)
         with b.scope("head"):
             last = b.op("Slice", [x, b.constant([-1]), b.constant([2**62]), b.constant([1])])
             last = self.make_norm(b.op("Squeeze", [last, b.constant([1])]), "model.norm")
             b.output(self.make_linear(last, LM_HEAD), "logits", FLOAT, ["batch", c.vocab])
         b.save(path)
+
+    def make_layers(self, x: str) -> str:
+        dims: list[int | str] = ["batch", "tokens", self.c.hidden]
+        self.layer_boundary(x, dims)
+        for i in range(self.c.layers):
+            with self.b.scope(f"layers.{i}"):
+                x = self.make_layer(x, i)
+            self.layer_boundary(x, dims)
+        return x
 
     def make_layer(self, x: str, i: int) -> str:
         b, p = self.b, f"model.layers.{i}"

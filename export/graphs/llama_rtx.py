@@ -53,11 +53,7 @@ class TensorRtLlamaGraph(LlamaGraph):
         x = b.input("inputs_embeds", FLOAT, ["batch", "tokens", c.hidden])
         self.make_shared(x)
         rows = b.input("rows", TensorProto.INT64, ["rows"])
-        self.layer_boundary(x, ["batch", "tokens", c.hidden])
-        for i in range(c.layers):
-            with b.scope(f"layers.{i}"):
-                x = self.make_layer(x, i)
-            self.layer_boundary(x, ["batch", "tokens", c.hidden])
+        x = self.make_layers(x)
         with b.scope("head"):
             wanted = b.op("Gather", [reshape(b, x, [-1, c.hidden]), rows], axis=0)
             b.output(

@@ -109,16 +109,24 @@ class TileEncoderGraph(Graph):
 
     def _attention(self, x: str, p: str) -> str:
         b, c = self.b, self.c
-        head = c.width // c.heads
-        qkv = reshape(b, self.make_linear(x, f"{p}.qkv", c.qkv_bias), [0, 0, 3, c.heads, head])
-        parts = b.op("Split", [b.op("Transpose", [qkv], perm=[2, 0, 3, 1, 4])], axis=0, num_outputs=3, outputs=3)
-        q, k, v = (b.op("Squeeze", [part, b.constant([0])]) for part in parts)  # [B, H, T, D]
+        q, k, v = self._heads(self.make_linear(x, f"{p}.qkv", c.qkv_bias))
         if c.qk_norm:
             q = self.make_layer_norm(q, f"{p}.q_norm", c.norm_eps)
             k = self.make_layer_norm(k, f"{p}.k_norm", c.norm_eps)
-        y = attention(b, q, b.op("Transpose", [k], perm=[0, 1, 3, 2]), v, head**-0.5)
+        y = self._attend(q, k, v, (c.width // c.heads) ** -0.5)
         y = reshape(b, b.op("Transpose", [y], perm=[0, 2, 1, 3]), [0, 0, c.width])
         return self.make_linear(y, f"{p}.proj", c.proj_bias)
+
+    def _heads(self, qkv: str) -> list[str]:
+        """[B, T, 3 * C] -> queries, keys and values [B, H, T, D]."""
+        b, c = self.b, self.c
+        qkv = reshape(b, qkv, [0, 0, 3, c.heads, c.width // c.heads])
+        parts = b.op("Split", [b.op("Transpose", [qkv], perm=[2, 0, 3, 1, 4])], axis=0, num_outputs=3, outputs=3)
+        return [b.op("Squeeze", [part, b.constant([0])]) for part in parts]
+
+    def _attend(self, q: str, k: str, v: str, scale: float) -> str:
+        """[B, H, T, D] each -> [B, H, T, D]."""
+        return attention(self.b, q, self.b.op("Transpose", [k], perm=[0, 1, 3, 2]), v, scale)
 
     def _activation(self, x: str) -> str:
         return activation(self.b, x, self.c.act)

@@ -33,16 +33,12 @@ class TensorRtTileEncoderGraph(TileEncoderGraph):
             x = b.op("Sub", [x, b.weight("preprocess.mean", lambda: mean)])
             return str(b.op("Div", [x, b.weight("preprocess.std", lambda: std)]))
 
-    def _attention(self, x: str, p: str) -> str:
+    def _heads(self, qkv: str) -> list[str]:
         b, c = self.b, self.c
-        head = c.width // c.heads
-        qkv = self.make_linear(x, f"{p}.qkv", c.qkv_bias)
-        q, k, v = (
-            b.op("Transpose", [reshape(b, part, [0, 0, c.heads, head])], perm=[0, 2, 1, 3])
+        return [
+            b.op("Transpose", [reshape(b, part, [0, 0, c.heads, c.width // c.heads])], perm=[0, 2, 1, 3])
             for part in b.op("Split", [qkv], axis=-1, num_outputs=3, outputs=3)
-        )  # [B, H, T, D]
-        if c.qk_norm:
-            q = self.make_layer_norm(q, f"{p}.q_norm", c.norm_eps)
-            k = self.make_layer_norm(k, f"{p}.k_norm", c.norm_eps)
-        y = b.op("Transpose", [fused_attention(b, q, k, v, head**-0.5)], perm=[0, 2, 1, 3])
-        return self.make_linear(reshape(b, y, [0, 0, c.width]), f"{p}.proj", c.proj_bias)
+        ]
+
+    def _attend(self, q: str, k: str, v: str, scale: float) -> str:
+        return fused_attention(self.b, q, k, v, scale)
